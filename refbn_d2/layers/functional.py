@@ -1,0 +1,180 @@
+"""The arithmetic of reference batch normalization (RefBN).
+
+Luo, Li, Zuo, "Improved Batch Normalization Algorithm for Deep Learning", Computer Systems &
+Applications 2020, 29(4):187-194. Where its abstract is silent, `docs/algorithm.md` decides.
+
+Shapes:
+    x, y, dy, dx                (N, C, H, W), any memory format
+    mean, var, gamma, beta      (C,), float32 for half-precision x, else x's dtype; var is biased
+    w                           a number in [0, 1] or a 0-dim tensor
+    n = N * H * W               elements a channel's moments are taken over
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+GRADIENTS = ("pooled", "batch", "reference")
+
+
+def mix_moments(
+    mean_a: Tensor, var_a: Tensor, mean_b: Tensor, var_b: Tensor, w: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """mean = (1-w) mean_a + w mean_b;  var = (1-w) var_a + w var_b + w (1-w) (mean_a - mean_b)^2
+
+    The moments of the mixture that draws from a with probability 1-w and from b with w: exact, and
+    never negative. With w = n_b / (n_a + n_b) they are the moments of both samples together.
+    """
+    difference = mean_b - mean_a
+    mean = mean_a + w * difference
+    var = (1 - w) * var_a + w * var_b + (w * (1 - w)) * difference.square()
+    return mean, var
+
+
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """mean and biased variance of x (N, C, H, W) over N, H, W: two (C,) tensors.
+
+    They are accumulated and returned in float32 at least, under autocast too.
+    """
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if torch.compiler.is_compiling():  # plain operations, for the compiler to fuse
+        var, mean = torch.var_mean(x.float() if half else x, dim=(0, 2, 3), correction=0)
+        return mean, var
+    if not half:
+        return torch.batch_norm_update_stats(x, None, None, 0.0)
+    # The kernel returns moments in x's own dtype, but a running statistic keeps its dtype: with
+    # momentum 1 it receives the moments themselves, the variance times n / (n-1).
+    n = x.numel() // x.shape[1]
+    mean, var = torch.empty(2, x.shape[1], dtype=torch.float32, device=x.device)
+    torch.batch_norm_update_stats(x, mean.zero_(), var.zero_(), 1.0)
+    return mean, var * ((n - 1) / n) if n > 1 else torch.zeros_like(var)
+
+
+class _Normalize(torch.autograd.Function):
+    """y = gamma (x - mean) / sqrt(var + eps) + beta, with `ref_batch_norm`'s gradients."""
+
+    @staticmethod
+    def forward(ctx, x, gamma, beta, mean, var, batch_mean, batch_var, w, gradient, eps, ride):
+        ctx.save_for_backward(x, gamma, mean, var, batch_mean, batch_var)
+        ctx.w, ctx.gradient, ctx.eps, ctx.ride = w, gradient, eps, ride
+        return F.batch_norm(x, mean, var, gamma, beta, False, 0.0, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, gamma, mean, var, batch_mean, batch_var = ctx.saved_tensors
+        w, eps = ctx.w, ctx.eps
+        r = (var + eps).rsqrt()
+        affine = gamma is not None
+        gamma = gamma if affine else torch.ones_like(mean)
+        scale = gamma * r  # dy/dx with the moments held constant
+        mask = [ctx.needs_input_grad[0], affine, affine]
+
+        def batch_norm_backward(factor, mean, r):
+            """factor r [dy - mean(dy) - z mean(dy z)], sum(dy z), sum(dy); z = (x - mean) r."""
+            return torch.ops.aten.native_batch_norm_backward(
+                dy, x, factor, None, None, mean, r, True, eps, mask
+            )
+
+        if ctx.gradient == "batch":
+            # y = gamma (a z + d) + beta: BN's own backward with the factor gamma a, a r_B = r.
+            batch_r = (batch_var + eps).rsqrt()
+            dx, dgamma, dbeta = batch_norm_backward(gamma * (r / batch_r), batch_mean, batch_r)
+            if affine:
+                dgamma = (r / batch_r) * dgamma + ((batch_mean - mean) * r) * dbeta
+        elif ctx.gradient == "pooled":
+            # scale [dy - (1-w)(mean(dy) + xh mean(dy xh))] = (1-w) BN's + w scale dy
+            dx, dgamma, dbeta = batch_norm_backward((1 - w) * gamma, mean, r)
+            if dx is not None:
+                _add_scaled(dx, dy, w * scale)
+        else:
+            # Every row's share in (mean, var), times n: (1-w), and w m n/n_s more for the riding
+            # ones, for mean and mean of squares alike; the rest of the row's scale dy stands alone.
+            dx, dgamma, dbeta = batch_norm_backward(gamma, mean, r)
+            if dx is not None:
+                rows, momentum = ctx.ride
+                groups = [(slice(0, len(x) - rows), 1 - w)]
+                if rows:
+                    share = (1 - w) + w * momentum * (len(x) / rows)
+                    groups.append((slice(len(x) - rows, None), share))
+                for group, share in groups:
+                    _add_scaled(dx[group].mul_(share), dy[group], (1 - share) * scale)
+        return dx, dgamma, dbeta, *[None] * 8
+
+
+def _add_scaled(dx: Tensor, dy: Tensor, scale: Tensor) -> None:
+    """dx += scale dy in place, scale (C,)."""
+    dx.addcmul_(dy, scale.to(dx.dtype).view(1, -1, 1, 1))
+
+
+def ref_batch_norm(
+    x: Tensor,
+    ref_mean: Tensor,
+    ref_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    reference_weight: float | Tensor = 0.9,
+    gradient: str = "batch",
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    ride: tuple[int, float] = (0, 0.0),
+) -> Tensor:
+    """y = gamma (x - mu) / sqrt(var + eps) + beta, (mu, var) the mixture of reference and batch
+
+    With reference weight w, batch moments mu_B, var_B and reference moments mu_R, var_R::
+
+        mu  = w mu_R + (1-w) mu_B
+        var = w var_R + (1-w) var_B + w (1-w) (mu_R - mu_B)^2
+
+    Gradients, with r = 1/sqrt(var+eps), xh = (x-mu) r, z = (x-mu_B)/sqrt(var_B+eps)::
+
+        "pooled":    dx = gamma r [dy - (1-w) mean(dy) - (1-w) xh mean(dy xh)]
+        "batch":     dx = gamma r [dy - mean(dy) - z mean(dy z)]
+        "reference": dx = gamma r [dy - c sum(dy) - c xh sum(dy xh)]
+
+    "pooled" is the exact derivative with mu_R, var_R constant. "batch" is BN's, with the affine
+    map from z to xh held constant (Ioffe, "Batch Renormalization", 2017, section 3). "reference"
+    is the exact derivative where the last `rows` of x have been averaged into mu_R, var_R:
+    c = (1-w)/n, and w momentum / n_rows more for those rows (with w = momentum = 1 this is Virtual
+    BatchNorm: Salimans et al., "Improved Techniques for Training GANs", 2016, section 3.4).
+
+    Args:
+        x: (N, C, H, W), N > 0; float16 and bfloat16 are normalised by float32 moments.
+        ref_mean, ref_var: (C,), the reference's mean and biased variance, constant.
+        weight, bias: gamma and beta, (C,) or None.
+        reference_weight: w in [0, 1], a number or a 0-dim tensor.
+        gradient: "pooled", "batch" or "reference".
+        running_mean, running_var: (C,), updated in place by an EMA of (mu, var), where var_B
+            counts with Bessel's correction n/(n-1); not touched where None.
+        momentum: of that EMA.
+        eps: added to the variance.
+        ride: (rows, slice momentum) with which rows of x have been averaged into the reference;
+            read by `gradient="reference"` alone.
+
+    Returns:
+        (N, C, H, W) in x's dtype and memory format.
+
+    Raises:
+        ValueError: `gradient` is unknown; or n = 1 and w = 0, as `F.batch_norm` does.
+    """
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, not {gradient!r}")
+    n = x.numel() // x.shape[1]
+    w = reference_weight
+    if n == 1 and not isinstance(w, Tensor) and w == 0:
+        raise ValueError(f"Expected more than 1 value per channel when training, got {x.shape}")
+    with torch.no_grad():
+        batch_mean, batch_var = batch_moments(x)
+        mean, var = mix_moments(batch_mean, batch_var, ref_mean, ref_var, w)
+        if running_mean is not None:
+            bessel = (1 - w) * batch_var / max(n - 1, 1)
+            running_mean.mul_(1 - momentum).add_(momentum * mean)
+            running_var.mul_(1 - momentum).add_(momentum * (var + bessel))
+    if weight is not None:  # a half-precision module still normalises in float32
+        weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
+    return _Normalize.apply(
+        x, weight, bias, mean, var, batch_mean, batch_var, w, gradient, eps, ride
+    )

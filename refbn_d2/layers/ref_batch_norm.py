@@ -1,0 +1,219 @@
+"""RefBatchNorm2d: BatchNorm normalised by the moments of a fixed reference batch.
+
+Luo, Li, Zuo, "Improved Batch Normalization Algorithm for Deep Learning", Computer Systems &
+Applications 2020, 29(4):187-194. `functional.py` holds the arithmetic, this file the state;
+`refbn_d2.reference` chooses the reference batch and runs it.
+"""
+
+import functools
+import logging
+import numbers
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import GRADIENTS, batch_moments, mix_moments, ref_batch_norm
+
+logger = logging.getLogger(__name__)
+
+
+class Moments(NamedTuple):
+    """Mean and biased variance (C,) of `count` elements a channel."""
+
+    mean: Tensor
+    var: Tensor
+    count: int
+
+
+class RefBatchNorm2d(nn.BatchNorm2d):
+    """y = gamma (x - mu) / sqrt(var + eps) + beta, (mu, var) the mixture of reference and batch
+
+    In training mode `functional.ref_batch_norm` gives the equations. In eval mode it is
+    `torch.nn.functional.batch_norm` with the running statistics, which are an EMA of (mu, var).
+    With `reference_weight=0` it is `nn.BatchNorm2d`.
+
+    State: BatchNorm2d's keys, and `ref_mean`, `ref_var` (C,), `ref_count` (int64, elements a
+    channel in the reference; 0: no reference yet). A BatchNorm2d's state dict loads: the reference
+    then starts from the running statistics, and counts as a single element. This layer's loads
+    into BatchNorm2d with `strict=False`.
+
+    A layer without reference takes its first training batch as the reference, and says so in the
+    log. An empty batch (N = 0) passes through with zero gradients and touches no statistic.
+
+    What a forward pass in training mode does with the reference is set by `record`:
+        None        normalise by the mixture; the reference stays as it is.
+        "capture"   normalise by the batch's own moments and record them.
+        "slice"     normalise by the reference's moments and record the batch's.
+        "ride"      normalise by the mixture; the last `ride_rows` rows belong to the reference:
+                    their moments are recorded, and averaged into the reference for this pass.
+    Recorded moments are pooled by count over the calls of a pass, and enter the reference with
+    `commit`. Running statistics change with None and "ride" alone.
+
+    Args:
+        num_features: C of an (N, C, H, W) input.
+        eps: added to the variance.
+        momentum: of the running statistics' EMA; None: cumulative average.
+        affine: learn gamma and beta.
+        reference_weight: w in [0, 1], or "count" for w = n_R / (n_R + n_B), n = N * H * W.
+        gradient: "pooled", "batch" or "reference", see `functional.ref_batch_norm`.
+
+    Raises:
+        ValueError: `reference_weight` or `gradient` is none of these; or, in a forward pass,
+            w = 0 and a single element a channel.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        reference_weight: float | str = 0.9,
+        gradient: str = "batch",
+        device=None,
+        dtype=None,
+    ) -> None:
+        number = isinstance(reference_weight, numbers.Real) and 0 <= reference_weight <= 1
+        if not number and reference_weight != "count":
+            raise ValueError(
+                f'reference_weight must be in [0, 1] or "count", not {reference_weight!r}'
+            )
+        if gradient not in GRADIENTS:
+            raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, not {gradient!r}")
+        super().__init__(num_features, eps, momentum, affine, True, device, dtype)
+        self.reference_weight = reference_weight
+        self.gradient = gradient
+        self.register_buffer("ref_mean", torch.zeros_like(self.running_mean))
+        self.register_buffer("ref_var", torch.ones_like(self.running_var))
+        self.register_buffer("ref_count", torch.zeros_like(self.num_batches_tracked))
+        self._has_reference = False
+        self.stop_recording()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"reference_weight={self.reference_weight}, gradient={self.gradient}"
+        )
+
+    def record_pass(self, record: str, ride_rows: int = 0, slice_momentum: float = 0.0) -> None:
+        """Set what the forward passes from here on record, and forget what was recorded."""
+        self.record = record
+        self.ride_rows = ride_rows
+        self.slice_momentum = slice_momentum
+        self.recorded: Moments | None = None
+
+    def stop_recording(self) -> None:
+        """Back to plain training passes."""
+        self.record_pass(None)
+
+    @torch.no_grad()
+    def commit(self, moments: Moments, momentum: float = 1.0) -> None:
+        """(mu_R, var_R) <- the moments of their mixture with `moments`, of weight `momentum`.
+
+        With momentum 1, or without a reference so far, `moments` become the reference.
+        """
+        if momentum == 1 or not self.has_reference():
+            mean, var = moments.mean, moments.var
+            self.ref_count.fill_(moments.count)
+            self._has_reference = True
+        else:
+            mean, var = mix_moments(
+                self.ref_mean, self.ref_var, moments.mean, moments.var, momentum
+            )
+        self.ref_mean.copy_(mean)
+        self.ref_var.copy_(var)
+
+    def has_reference(self) -> bool:
+        """Whether there are reference moments; reads the device once only."""
+        if not self._has_reference:
+            self._has_reference = bool(self.ref_count > 0)
+        return self._has_reference
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        if not self.training:
+            return self._affine(x, self.running_mean, self.running_var)
+        if x.numel() == 0:  # every parameter stays in the graph, with gradient zero
+            return self._affine(x, self.running_mean, self.running_var)
+        if self.record == "capture" or (self.record == "slice" and not self.has_reference()):
+            mean, var, _ = self._record(x)
+            return self._affine(x, mean, var)
+        if self.record == "slice":
+            self._record(x)
+            return self._affine(x, self.ref_mean, self.ref_var)
+        return self._normalize(x)
+
+    def _affine(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        n = x.numel() // self.num_features
+        rides = self.record == "ride"
+        if not self.has_reference():
+            _say_no_reference()
+            self.commit(Moments(*batch_moments(x.detach()), n))
+        ref_mean, ref_var = self.ref_mean, self.ref_var
+        if rides:
+            slice_ = self._record(x[len(x) - self.ride_rows :])
+            ref_mean, ref_var = mix_moments(
+                ref_mean, ref_var, slice_.mean, slice_.var, self.slice_momentum
+            )
+        w = self.reference_weight
+        if w == "count":
+            w = self.ref_count / (self.ref_count + n)
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1.0 / float(self.num_batches_tracked)
+        return ref_batch_norm(
+            x,
+            ref_mean,
+            ref_var,
+            self.weight,
+            self.bias,
+            reference_weight=w,
+            gradient=self.gradient,
+            running_mean=self.running_mean,
+            running_var=self.running_var,
+            momentum=momentum,
+            eps=self.eps,
+            ride=(self.ride_rows, self.slice_momentum) if rides else (0, 0.0),
+        )
+
+    def _record(self, x: Tensor) -> Moments:
+        """The moments of x, which are also pooled into `recorded`."""
+        moments = Moments(*batch_moments(x.detach()), x.numel() // self.num_features)
+        if self.recorded is None:
+            self.recorded = moments
+        else:
+            mean, var, count = self.recorded
+            total = count + moments.count
+            pooled = mix_moments(mean, var, moments.mean, moments.var, moments.count / total)
+            self.recorded = Moments(*pooled, total)
+        return moments
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        if prefix + "ref_mean" not in state_dict and prefix + "running_mean" in state_dict:
+            state_dict[prefix + "ref_mean"] = state_dict[prefix + "running_mean"]
+            state_dict[prefix + "ref_var"] = state_dict[prefix + "running_var"]
+            state_dict[prefix + "ref_count"] = torch.ones_like(self.ref_count)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._has_reference = False  # whatever was loaded, look again
+
+
+@functools.cache
+def _say_no_reference() -> None:
+    logger.warning(
+        "A RefBatchNorm2d without reference takes its first training batch as the reference. "
+        "Capture a reference batch before training to choose it (refbn_d2.reference)."
+    )
+
+
+def refbn_layers(model: nn.Module) -> Iterator[tuple[str, RefBatchNorm2d]]:
+    """(name, layer) of every RefBatchNorm2d in `model`, each layer once."""
+    for name, module in model.named_modules():
+        if isinstance(module, RefBatchNorm2d):
+            yield name, module
