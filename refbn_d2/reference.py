@@ -1,0 +1,340 @@
+"""The reference batch: chosen once, named, captured, and kept true to the moving weights.
+
+A training loop of any engine, around its own steps::
+
+    chosen = choose(dataset_dicts, options.num_images, options.seed)
+    reference = ReferenceBatch(model, samples, forward, options, identity=identify(...))
+    reference.capture()
+    for iteration in range(max_iter):
+        reference.before_step(iteration)
+        losses = model(batch); losses.backward()
+        reference.after_step()
+        optimizer.step()
+"""
+
+import hashlib
+import json
+import logging
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from refbn_d2.config import RefBNOptions
+from refbn_d2.layers import Moments, RefBatchNorm2d, refbn_layers
+
+logger = logging.getLogger(__name__)
+
+Sample = Any  # what the training pipeline gives for one image
+
+
+def choose(
+    dataset_dicts: Sequence[dict],
+    num_images: int,
+    seed: int,
+    group_of: Callable[[dict], Hashable] = lambda dataset_dict: None,
+) -> list[int]:
+    """Indices of the `num_images` training images that become the reference: a seeded draw.
+
+    The draw keeps to the largest group of `group_of` while that lasts: where training batches are
+    grouped (by aspect ratio), a mixed reference would hold more padding than any batch does.
+
+    Raises:
+        ValueError: there are fewer images than that.
+    """
+    if num_images > len(dataset_dicts):
+        raise ValueError(
+            f"MODEL.REFBN.NUM_IMAGES is {num_images}, but the training set has "
+            f"{len(dataset_dicts)} usable images. Set it to {len(dataset_dicts)} or less."
+        )
+    groups = [group_of(d) for d in dataset_dicts]
+    largest = Counter(groups).most_common(1)[0][0]
+    order = np.random.default_rng(seed).permutation(len(dataset_dicts)).tolist()
+    order.sort(key=lambda index: groups[index] != largest)  # stable
+    return order[:num_images]
+
+
+def identify(dataset: str, dataset_dicts: Sequence[dict], seed: int) -> dict:
+    """The reference's name: dataset, seed, and every image's id, file and content fingerprint.
+
+    Plain containers, for the checkpoint. Reads every image file once.
+    """
+    images = [
+        {
+            "image_id": d["image_id"],
+            "file_name": os.path.basename(d["file_name"]),
+            "fingerprint": _fingerprint(d),
+        }
+        for d in dataset_dicts
+    ]
+    return {"dataset": dataset, "seed": seed, "images": images}
+
+
+def find_again(identity: dict, dataset_dicts: Sequence[dict]) -> list[int]:
+    """Indices of the images that `identity` names, in its order.
+
+    Raises:
+        ValueError: an image is gone, or its file or its annotations have changed. Names it.
+    """
+    places = {
+        (d["image_id"], os.path.basename(d["file_name"])): i for i, d in enumerate(dataset_dicts)
+    }
+    found = []
+    for image in identity["images"]:
+        name = f"image {image['image_id']} ({image['file_name']}) of {identity['dataset']}"
+        index = places.get((image["image_id"], image["file_name"]))
+        if index is None or not os.path.exists(dataset_dicts[index]["file_name"]):
+            problem = "is gone from the training set"
+        elif _fingerprint(dataset_dicts[index]) != image["fingerprint"]:
+            problem = "has changed (its file or its annotations)"
+        else:
+            found.append(index)
+            continue
+        raise ValueError(
+            f"The checkpoint's reference batch cannot be had again: {name} {problem}. Put it back, "
+            "or start a new run without --resume in another OUTPUT_DIR."
+        )
+    return found
+
+
+def _fingerprint(dataset_dict: dict) -> str:
+    digest = hashlib.sha256()
+    with open(dataset_dict["file_name"], "rb") as file:
+        digest.update(file.read())
+    annotations = dataset_dict.get("annotations", dataset_dict.get("label"))
+    digest.update(json.dumps(annotations, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+class ReferenceBatch:
+    """Runs the reference batch through a model, and keeps its RefBN layers' reference moments.
+
+    `options.refresh` says when, `options.refresh_period` how often (design equations in
+    `docs/algorithm.md`):
+
+        "static"  captured once, before training.
+        "full"    the whole batch captured again every period.
+        "slice"   every period the next `slice_size` images run through the model without gradient,
+                  and their moments are averaged into the reference with `slice_momentum`.
+        "ride"    every period the next slice is appended to the input of `ride_on`, and dropped
+                  from its output; layers outside of `ride_on` take "slice".
+
+    Several workers (torch.distributed) share a slice: each runs ceil(slice_size / workers) images
+    of its own; a whole reference is run by every worker. Either way one all-reduce of all layers'
+    moments makes the references equal; no other step communicates.
+
+    Args:
+        model: holds the RefBatchNorm2d layers; not wrapped by DistributedDataParallel.
+        samples: the reference images, as the training pipeline gave them.
+        forward: runs the model on a list of samples (under autocast where training does). Called in
+            training mode and without gradient; what it returns is dropped.
+        options: see `refbn_d2.config.refbn_options`.
+        identity: what `identify` returned.
+        ride_on: the module that a slice rides in ("ride" alone): a detector's backbone, or a
+            classifier itself. Its first argument is the batch (N, C, H, W), and every tensor that
+            it returns has N rows.
+        rows: (samples, batch) -> their rows (k, C, H, W), normalised, as large as the batch's
+            ("ride" alone).
+
+    Raises:
+        ValueError: the model has no RefBatchNorm2d, or "ride" has nothing to ride on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: Sequence[Sample],
+        forward: Callable[[list[Sample]], Any],
+        options: RefBNOptions,
+        identity: dict,
+        ride_on: nn.Module | None = None,
+        rows: Callable[[list[Sample], Tensor], Tensor] | None = None,
+    ) -> None:
+        self.model, self.samples, self.forward = model, list(samples), forward
+        self.options, self.identity = options, identity
+        self.position = 0  # of the next slice
+        self._layers = dict(refbn_layers(model))
+        self._riders: dict[str, RefBatchNorm2d] = {}
+        self._riding: list[Sample] = []
+        self._beside: dict[str, Moments | None] = {}  # recorded in other layers than the riders
+        if not self._layers:
+            raise ValueError("The model has no RefBatchNorm2d layer that could take a reference.")
+        if options.refresh == "ride":
+            if ride_on is None or rows is None:
+                raise ValueError(
+                    'MODEL.REFBN.REFRESH "ride" needs a module to ride on; use "slice".'
+                )
+            riders = {id(layer) for _, layer in refbn_layers(ride_on)}
+            self._riders = {n: m for n, m in self._layers.items() if id(m) in riders}
+            self._rows = rows
+            ride_on.register_forward_pre_hook(self._append_rows)
+            ride_on.register_forward_hook(self._drop_rows)
+
+    def capture(self) -> None:
+        """Every layer normalises the reference by the reference's own moments, and keeps them.
+
+        No parameter, gradient, running statistic, training flag or random state changes.
+        """
+        self._commit(self._run(self.samples, "capture"), captured=True)
+
+    def before_step(self, iteration: int) -> None:
+        """To be called before the training step's forward pass."""
+        refresh = self.options.refresh
+        if refresh == "static" or iteration % self.options.refresh_period:
+            return
+        if refresh == "full":
+            if iteration > 0:  # training starts with a capture
+                self.capture()
+            return
+        samples = self._next_slice()
+        recorded = {}
+        if len(self._riders) < len(self._layers):
+            recorded = self._run(samples, "slice")
+        if refresh == "slice":
+            self._commit(recorded)
+            return
+        self._riding = samples
+        self._beside = {n: m for n, m in recorded.items() if n not in self._riders}
+        for layer in self._riders.values():
+            layer.record_pass("ride", len(samples), self.options.slice_momentum)
+
+    def after_step(self) -> None:
+        """To be called after the training step's backward pass."""
+        if self._riding:
+            self._riding = []
+            self._commit(self._beside | _take_recorded(self._riders))
+
+    def state_dict(self) -> dict:
+        """Identity and position, in plain containers; the moments are in the model's state dict."""
+        return {**self.identity, "position": self.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take the position; the batch itself must be the one that `state` names (`find_again`)."""
+        self.position = state["position"]
+
+    def _next_slice(self) -> list[Sample]:
+        rank, workers = _rank_and_workers()
+        share = -(-self.options.slice_size // workers)
+        start = self.position + rank * share
+        self.position = (self.position + workers * share) % len(self.samples)
+        return [self.samples[(start + i) % len(self.samples)] for i in range(share)]
+
+    def _run(self, samples: list[Sample], record: str) -> dict[str, Moments | None]:
+        """What the layers recorded in one pass of the model over `samples`."""
+        for layer in self._layers.values():
+            layer.record_pass(record)
+        try:
+            with _untouched(self.model, self.options.seed):
+                self.forward(samples)
+        finally:
+            recorded = _take_recorded(self._layers)
+        return recorded
+
+    def _commit(self, recorded: dict[str, Moments | None], captured: bool = False) -> None:
+        """What was recorded enters the references, the same on every worker."""
+        layers = [self._layers[name] for name in recorded]
+        # A whole reference is run by every worker: its count is theirs on average.
+        pooled = _over_all_workers(list(recorded.values()), layers, average_count=captured)
+        for layer, moments in zip(layers, pooled, strict=True):
+            if moments is not None:
+                layer.commit(moments, 1.0 if captured else self.options.slice_momentum)
+        missed = [name for name, moments in zip(recorded, pooled, strict=True) if moments is None]
+        if captured and missed:
+            logger.warning(
+                "The reference batch did not reach %s (no RoIs, or not in training mode). Without "
+                "a reference a layer takes its first training batch.",
+                ", ".join(missed),
+            )
+
+    def _append_rows(self, module: nn.Module, args: tuple) -> tuple | None:
+        if not self._riding:
+            return None
+        batch, *rest = args
+        rows = self._rows(self._riding, batch).to(batch)
+        if batch.is_contiguous(memory_format=torch.channels_last):
+            rows = rows.contiguous(memory_format=torch.channels_last)
+        return torch.cat([batch, rows]), *rest
+
+    def _drop_rows(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        return _without_last(output, len(self._riding)) if self._riding else None
+
+
+def _without_last(output: Any, k: int) -> Any:
+    if isinstance(output, Tensor):
+        return output[:-k]
+    if isinstance(output, dict):
+        return {key: _without_last(value, k) for key, value in output.items()}
+    return type(output)(_without_last(value, k) for value in output)
+
+
+def _rank_and_workers() -> tuple[int, int]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _take_recorded(layers: dict[str, RefBatchNorm2d]) -> dict[str, Moments | None]:
+    recorded = {name: layer.recorded for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.stop_recording()
+    return recorded
+
+
+def _over_all_workers(
+    recorded: list[Moments | None], layers: list[RefBatchNorm2d], average_count: bool
+) -> list[Moments | None]:
+    """Each layer's moments pooled over the workers by count, in one all-reduce."""
+    workers = _rank_and_workers()[1]
+    if workers == 1:
+        return recorded
+    sums = []  # count, count mean, count E[x^2] of every layer
+    for moments, layer in zip(recorded, layers, strict=True):
+        if moments is None:
+            sums.append(layer.ref_mean.new_zeros(1 + 2 * layer.num_features, dtype=torch.float64))
+        else:
+            mean, var = moments.mean.double(), moments.var.double()
+            one = mean.new_ones(1)
+            sums.append(moments.count * torch.cat([one, mean, var + mean.square()]))
+    flat = torch.cat(sums)
+    dist.all_reduce(flat)
+    pooled: list[Moments | None] = []
+    for part in flat.split([len(s) for s in sums]):
+        if part[0] == 0:
+            pooled.append(None)
+            continue
+        mean, square = (part[1:] / part[0]).chunk(2)
+        count = int(part[0]) // (workers if average_count else 1)
+        pooled.append(Moments(mean, (square - mean.square()).clamp(min=0), count))
+    return pooled
+
+
+@contextmanager
+def _untouched(model: nn.Module, seed: int) -> Iterator[None]:
+    """The model in training mode without gradient; flags, buffers, random states stay as they were.
+
+    Seeded, so that every worker samples the same.
+    """
+    flags = {} if model.training else {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices), torch.no_grad():
+        torch.manual_seed(seed)
+        try:
+            if flags:
+                model.train()
+            yield
+        finally:
+            for module, flag in flags.items():
+                module.training = flag
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
