@@ -1,0 +1,75 @@
+#!/usr/bin/env python
+"""Forward and backward of RefBatchNorm2d against nn.BatchNorm2d, as ratios in one run.
+
+The layers take turns, so that a machine whose speed drifts slows them all; each ratio is that of
+the medians over the rounds.
+"""
+
+import argparse
+from statistics import median
+
+import torch
+from torch import nn
+from torch.utils.benchmark import Timer
+from tqdm import tqdm
+
+from refbn_d2.layers import RefBatchNorm2d
+from refbn_d2.layers.functional import GRADIENTS
+
+# (N, C, H, W): the stages of a ResNet-50 at 2 images of 800 x 1066, of a ResNet-18 at 16 of 128^2
+SHAPES = [
+    (2, 64, 400, 533), (2, 256, 200, 267), (2, 512, 100, 134), (2, 1024, 50, 67), (2, 2048, 25, 34),
+    (16, 64, 64, 64), (16, 64, 32, 32), (16, 128, 16, 16), (16, 256, 8, 8), (16, 512, 4, 4),
+]  # fmt: skip
+
+
+def layers(channels: int) -> dict[str, nn.Module]:
+    """BatchNorm2d, what Detectron2's users would take instead, and RefBatchNorm2d."""
+    norms = {"BN": nn.BatchNorm2d(channels), "GN": nn.GroupNorm(32, channels)}
+    for gradient in GRADIENTS:
+        layer = norms[f"RefBN {gradient}"] = RefBatchNorm2d(channels, gradient=gradient)
+        layer.load_state_dict(norms["BN"].state_dict())  # running statistics as the reference
+    return norms
+
+
+def timers(shape: tuple[int, ...], args: argparse.Namespace) -> dict[str, Timer]:
+    """One forward and backward each, on the same input."""
+    x = torch.randn(shape, device=args.device, dtype=getattr(torch, args.dtype))
+    if args.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    gradient = torch.randn_like(x)
+    x.requires_grad_()
+    return {
+        name: Timer(
+            "torch.autograd.backward(layer(x), gradient); x.grad = None",
+            globals={"torch": torch, "layer": layer.to(args.device), "x": x, "gradient": gradient},
+            num_threads=args.threads,
+        )
+        for name, layer in layers(shape[1]).items()
+    }
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    p.add_argument("--channels-last", action="store_true")
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    p.add_argument("--rounds", type=int, default=7)
+    args = p.parse_args()
+    names = list(layers(32))
+    print(f"# {args}")
+    print("| shape | " + " | ".join(f"{name} / BN" for name in names[1:]) + " |")
+    print("|---" * len(names) + "|")
+    for shape in tqdm(SHAPES, disable=None, leave=False):
+        times: dict[str, list[float]] = {name: [] for name in names}
+        turns = timers(shape, args)
+        for _ in range(args.rounds):
+            for name, timer in turns.items():
+                times[name].append(timer.blocked_autorange(min_run_time=0.05).median)
+        ratios = [median(times[name]) / median(times["BN"]) for name in names[1:]]
+        print(f"| {shape} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
