@@ -1,0 +1,23 @@
+"""Detectron2's config keys with Detectron2's defaults, and this package's own."""
+
+from refbn_d2.config.detectron2_defaults import add_detectron2_defaults
+from refbn_d2.config.node import CfgNode, ConfigError
+from refbn_d2.config.refbn import RefBNOptions, add_refbn_config, refbn_options
+
+__all__ = [
+    "CfgNode",
+    "ConfigError",
+    "RefBNOptions",
+    "add_refbn_config",
+    "get_cfg",
+    "refbn_options",
+]
+
+
+def get_cfg() -> CfgNode:
+    """Returns a new config: Detectron2's defaults, MODEL.REFBN and DATASETS.REGISTER."""
+    cfg = CfgNode()
+    add_detectron2_defaults(cfg)
+    add_refbn_config(cfg)
+    cfg.leave_unset_keys_free()
+    return cfg
