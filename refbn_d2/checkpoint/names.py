@@ -1,0 +1,115 @@
+"""Parameter names of ResNets: torchvision's and timm's against Detectron2's, by rule.
+
+Detectron2 puts "backbone.bottom_up." (with FPN) or "backbone." before its names.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+# torchvision and timm, Detectron2. {n}: stage, from 1 there and from 2 here; {b}: block;
+# {i}: convolution in the block; {t}: tensor in the layer ("weight", "running_mean", ...).
+_RULES = (
+    ("conv1.{t}", "stem.conv1.{t}"),
+    ("bn1.{t}", "stem.conv1.norm.{t}"),
+    ("fc.{t}", "linear.{t}"),
+    ("layer{n}.{b}.conv{i}.{t}", "res{n}.{b}.conv{i}.{t}"),
+    ("layer{n}.{b}.bn{i}.{t}", "res{n}.{b}.conv{i}.norm.{t}"),
+    ("layer{n}.{b}.downsample.0.{t}", "res{n}.{b}.shortcut.{t}"),
+    ("layer{n}.{b}.downsample.1.{t}", "res{n}.{b}.shortcut.norm.{t}"),
+)
+
+
+def _pattern(template: str, stages: str) -> re.Pattern:
+    fields = {"n": stages, "b": r"\d+", "i": r"\d", "t": r"\w+"}
+    groups = {field: f"(?P<{field}>{pattern})" for field, pattern in fields.items()}
+    return re.compile(template.replace(".", r"\.").format(**groups))
+
+
+# (pattern of the old name, template of the new name, what is added to the stage)
+_TO_DETECTRON2 = [(_pattern(theirs, "[1-4]"), ours, 1) for theirs, ours in _RULES]
+_TO_TORCHVISION = [(_pattern(ours, "[2-5]"), theirs, -1) for theirs, ours in _RULES]
+
+# Where Detectron2's models keep a ResNet; C4 models have res5 among the heads.
+_BACKBONES = ("backbone.bottom_up.", "backbone.")
+_PLACES = ("", *_BACKBONES, "roi_heads.")
+
+
+def _rename(name: str, rules: list[tuple[re.Pattern, str, int]]) -> str | None:
+    for pattern, template, shift in rules:
+        if match := pattern.fullmatch(name):
+            fields = match.groupdict()
+            if "n" in fields:
+                fields["n"] = int(fields["n"]) + shift
+            return template.format(**fields)
+    return None
+
+
+def torchvision_to_detectron2(name: str) -> str:
+    """`layer1.0.bn2.weight` -> `res2.0.conv2.norm.weight`
+
+    Raises:
+        ValueError: `name` is none of a ResNet of torchvision or timm.
+    """
+    renamed = _rename(name, _TO_DETECTRON2)
+    if renamed is None:
+        raise ValueError(
+            f"{name!r} is no parameter name of a torchvision or timm ResNet with a plain stem: "
+            'expected conv1.*, bn1.*, fc.* or layer<N>.<block>.*, as "layer1.0.conv2.weight".'
+        )
+    return renamed
+
+
+def detectron2_to_torchvision(name: str) -> str:
+    """`res2.0.conv2.norm.weight` -> `layer1.0.bn2.weight`; a backbone prefix is dropped.
+
+    Raises:
+        ValueError: `name` is none of a ResNet of Detectron2.
+    """
+    bare = name.removeprefix("backbone.").removeprefix("bottom_up.")
+    renamed = _rename(bare, _TO_TORCHVISION)
+    if renamed is None:
+        raise ValueError(
+            f"{name!r} is no parameter name of a Detectron2 ResNet with the basic stem: expected "
+            'stem.conv1.*, linear.* or res<N>.<block>.*, as "res2.0.conv2.norm.weight".'
+        )
+    return renamed
+
+
+def backbone_prefix(model_keys: Iterable[str]) -> str:
+    """Where a model keeps its ResNet: "backbone.bottom_up.", "backbone." or "" (is one itself)."""
+    model_keys = list(model_keys)
+    return next((p for p in _BACKBONES if any(key.startswith(p) for key in model_keys)), "")
+
+
+def to_detectron2(state: Mapping[str, Value], model_keys: Iterable[str]) -> dict[str, Value]:
+    """`state` under the names of the model whose keys are `model_keys`, in `state`'s order.
+
+    A name that the model has stays. A ResNet's name, torchvision's or Detectron2's, gets
+    Detectron2's form and the prefix under which the model has it; one that the model lacks gets its
+    backbone's prefix, so that the two can be compared. Every other name stays.
+
+    Raises:
+        ValueError: two names of `state` become one.
+    """
+    model_keys = set(model_keys)
+    backbone = backbone_prefix(model_keys)
+    renamed: dict[str, Value] = {}
+    origins: dict[str, str] = {}
+    for name, value in state.items():
+        new = name if name in model_keys else _place(name, model_keys, backbone)
+        if new in renamed:
+            raise ValueError(
+                f"{origins[new]!r} and {name!r} are both {new!r} in the model: keep one of them."
+            )
+        renamed[new], origins[new] = value, name
+    return renamed
+
+
+def _place(name: str, model_keys: set[str], backbone: str) -> str:
+    bare = _rename(name, _TO_DETECTRON2) or name
+    if _rename(bare, _TO_TORCHVISION) is None:
+        return name
+    return next((place + bare for place in _PLACES if place + bare in model_keys), backbone + bare)
