@@ -1,0 +1,53 @@
+"""From a COCO json to batches: what Detectron2's loaders do, resumable, with errors for people.
+
+Shapes and names:
+    H, W            image height and width in pixels, N instances of an image
+    box             (x, y, width, height) in dataset dicts, (x0, y0, x1, y1) in samples, pixels
+    polygon         [x0, y0, x1, y1, ...]; points is the same as (P, 2)
+    dataset dict    {"file_name", "image_id", "height", "width", "annotations": [{"id", "bbox",
+                    "category_id" (0..K-1), "iscrowd", "segmentation" (if the file has it)}]}
+    sample          {"file_name", "image_id", "height", "width" (as stored), "image" (3, H, W) uint8
+                    in INPUT.FORMAT, and in training "gt_boxes" (N, 4) float32, "gt_classes" (N,)
+                    int64, "gt_masks" list of N: float64 polygons or bool (H, W), if MASK_ON}
+    index, draw     which dataset dict; how many were drawn before it in this run
+
+Nothing here keeps random state. The order of images follows from (seed, epoch) and the
+augmentation of one from (seed, draw), so a run that resumes at step k goes on as if it had
+never stopped, whatever the number of workers and of processes.
+"""
+
+from refbn_d2.engines.torchvision.data.datasets import (
+    LoadedDataset,
+    load_coco_json,
+    load_test_dicts,
+    load_train_dicts,
+    register_from_config,
+)
+from refbn_d2.engines.torchvision.data.images import read_image
+from refbn_d2.engines.torchvision.data.loaders import (
+    GroupedBatchSampler,
+    build_test_loader,
+    build_train_loader,
+    has_objects,
+    is_landscape,
+)
+from refbn_d2.engines.torchvision.data.mapper import Mapper, decode_mask, rasterize
+from refbn_d2.engines.torchvision.data.transforms import build_augmentations
+
+__all__ = [
+    "GroupedBatchSampler",
+    "LoadedDataset",
+    "Mapper",
+    "build_augmentations",
+    "build_test_loader",
+    "build_train_loader",
+    "decode_mask",
+    "has_objects",
+    "is_landscape",
+    "load_coco_json",
+    "load_test_dicts",
+    "load_train_dicts",
+    "rasterize",
+    "read_image",
+    "register_from_config",
+]

@@ -1,0 +1,59 @@
+"""Pictures from files."""
+
+from collections.abc import Hashable
+
+import numpy as np
+from PIL import Image
+
+
+def read_image(file_name: str, format: str, image_id: Hashable = None) -> np.ndarray:
+    """Reads a picture as (H, W, 3) uint8 in "RGB" or "BGR", upright by its EXIF tag.
+
+    Grey becomes three equal channels, a palette its colours, transparency is dropped, and
+    16-bit grey keeps its high byte (as PIL does with 16-bit colour).
+
+    Raises:
+        FileNotFoundError: no such file; names it and the image's id.
+        ValueError: truncated, not a picture, or of a kind that has no place in 0-255.
+    """
+    of_image = "" if image_id is None else f" (image id {image_id})"
+    try:
+        with Image.open(file_name) as image:
+            image.load()
+            image = _upright(image)
+            if image.mode.startswith(("I", "F")):
+                image = _to_8_bit(image)
+            rgb = np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"image {file_name}{of_image} does not exist: check the dataset's image folder"
+        ) from None
+    except Exception as e:  # a broken picture makes PIL raise nearly anything
+        raise ValueError(f"image {file_name}{of_image} cannot be read: {e}") from e
+    return rgb[:, :, ::-1] if format == "BGR" else rgb
+
+
+_UPRIGHT = {  # EXIF orientation -> what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(274)
+    except Exception:  # a broken EXIF block should not cost the picture
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if not np.issubdtype(values.dtype, np.integer) or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"it is of mode {image.mode}; convert it to 8 or 16 bits a channel")
+    return Image.fromarray((values >> 8).astype(np.uint8))

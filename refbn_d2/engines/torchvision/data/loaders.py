@@ -1,0 +1,198 @@
+"""Batches: which images, in which order, in which process."""
+
+import logging
+import pickle
+import signal
+import sys
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import count, islice
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from refbn_d2.engines.torchvision.data.mapper import Mapper
+
+logger = logging.getLogger(__name__)
+
+
+class GroupedBatchSampler(Sampler):
+    """An endless stream of shuffled batches, each of images of one group.
+
+    All epochs are one stream: images wait in their group until it has enough of them, over the
+    end of an epoch too, so none is left out. Every process makes the same stream of batches
+    and takes its share of each, hence a run does not depend on the number of processes.
+
+    Args:
+        groups: one hashable an image.
+        batch_size: over all processes; a multiple of `world_size`.
+        seed: 0 or more, the same in all processes.
+        start_batch: batches that were used before.
+
+    Yields:
+        a list of (index, draw).
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Hashable],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_batch: int = 0,
+    ):
+        if not len(groups):
+            raise ValueError("there is no image to draw batches from")
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH = {batch_size} cannot be split evenly over {world_size} "
+                f"worker(s); allowed: {world_size}, {2 * world_size}, {3 * world_size}, ..."
+            )
+        if seed < 0:
+            raise ValueError(f"the seed of the shuffle is {seed}; allowed: 0 or more")
+        self.groups = groups
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.start_batch = start_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in islice(self._batches(), self.start_batch, None):
+            yield batch[self.rank :: self.world_size]
+
+    def _batches(self) -> Iterator[list[tuple[int, int]]]:
+        waiting = defaultdict(list)
+        for draw, index in enumerate(self._indices()):
+            group = self.groups[index]
+            waiting[group].append((index, draw))
+            if len(waiting[group]) == self.batch_size:
+                yield waiting.pop(group)
+
+    def _indices(self) -> Iterator[int]:
+        for epoch in count():
+            # the trailing 1 keeps this apart from the generators of augmentations
+            rng = np.random.default_rng([self.seed, epoch, 1])
+            yield from rng.permutation(len(self.groups)).tolist()
+
+
+def build_train_loader(
+    cfg,
+    dataset_dicts: list[dict],
+    start_iteration: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    group_of: Sequence[Hashable] | None = None,
+) -> DataLoader:
+    """Returns an endless loader of batches: lists of IMS_PER_BATCH // world_size samples.
+
+    Args:
+        start_iteration: batches that were used before; the loader goes on behind them.
+        seed: of the order and the augmentations; the same in all processes.
+        group_of: one hashable an image of `dataset_dicts`; a batch is of one group only. With
+            DATALOADER.ASPECT_RATIO_GROUPING it is also all portrait or all landscape.
+
+    Raises:
+        ValueError: IMS_PER_BATCH is no multiple of world_size, no image is left after
+            DATALOADER.FILTER_EMPTY_ANNOTATIONS, or a value under INPUT is not allowed.
+    """
+    groups = [()] * len(dataset_dicts) if group_of is None else list(group_of)
+    if len(groups) != len(dataset_dicts):
+        raise ValueError(f"group_of has {len(groups)} entries for {len(dataset_dicts)} images")
+    chosen = list(zip(dataset_dicts, groups, strict=True))
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        chosen = [(d, g) for d, g in chosen if has_objects(d)]
+        logger.info("%d of %d images have objects", len(chosen), len(dataset_dicts))
+    if not chosen:
+        raise ValueError(
+            f"none of {len(dataset_dicts)} training images is left: no image has an annotation "
+            "that is not a crowd (DATALOADER.FILTER_EMPTY_ANNOTATIONS = "
+            f"{cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS})"
+        )
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        chosen = [(d, (g, is_landscape(d))) for d, g in chosen]
+    dicts, groups = zip(*chosen, strict=True)
+    sampler = GroupedBatchSampler(
+        groups, cfg.SOLVER.IMS_PER_BATCH, seed, rank, world_size, start_iteration
+    )
+    return _loader(cfg, _MappedDicts(dicts, Mapper(cfg, is_train=True), seed), sampler)
+
+
+def has_objects(dataset_dict: dict) -> bool:
+    """What DATALOADER.FILTER_EMPTY_ANNOTATIONS keeps: an object that is no crowd."""
+    return any(not annotation.get("iscrowd") for annotation in dataset_dict["annotations"])
+
+
+def is_landscape(dataset_dict: dict) -> bool:
+    """The group of DATALOADER.ASPECT_RATIO_GROUPING."""
+    return dataset_dict["width"] > dataset_dict["height"]
+
+
+def build_test_loader(
+    cfg, dataset_dicts: list[dict], rank: int = 0, world_size: int = 1, batch_size: int = 1
+) -> DataLoader:
+    """Returns a loader of lists of up to `batch_size` samples; each image once over all ranks.
+
+    Batches larger than Detectron2's 1 differ from it only by padding to a common size.
+    """
+    if batch_size < 1:
+        raise ValueError(f"the batch size of evaluation is {batch_size}; allowed: 1 or more")
+    indices = [(i, i) for i in range(rank, len(dataset_dicts), world_size)]
+    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    return _loader(cfg, _MappedDicts(dataset_dicts, Mapper(cfg, is_train=False), 0), batches)
+
+
+def _loader(cfg, dataset: "_MappedDicts", batches) -> DataLoader:
+    workers = cfg.DATALOADER.NUM_WORKERS
+    if workers < 0:
+        raise ValueError(f"DATALOADER.NUM_WORKERS = {workers}; allowed: 0 or more")
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_as_list,
+        worker_init_fn=_start_worker,
+        # its own generator: making an iterator must not move the model's random numbers
+        generator=torch.Generator(),
+    )
+
+
+def _as_list(samples: list[dict]) -> list[dict]:
+    return samples
+
+
+def _start_worker(worker: int) -> None:
+    """Ctrl-C, which a terminal sends to workers too, is the main process's. OpenCV would start a
+    thread a core in each worker; torch limits itself there.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if "cv2" in sys.modules:
+        sys.modules["cv2"].setNumThreads(0)
+
+
+class _MappedDicts(TorchDataset):
+    """Dataset dicts and what is made of them; indexed by (index, draw).
+
+    The dicts are kept pickled in one array: a worker that reads Python objects copies their
+    memory page by page, because it counts references, and COCO's annotations are gigabytes.
+    """
+
+    def __init__(self, dicts: Sequence[dict], mapper: Mapper, seed: int):
+        pickled = [np.frombuffer(pickle.dumps(d, -1), dtype=np.uint8) for d in dicts]
+        self.ends = np.cumsum([len(p) for p in pickled])
+        self.pickled = np.concatenate(pickled) if pickled else np.zeros(0, dtype=np.uint8)
+        self.mapper = mapper
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict:
+        index, draw = item
+        start = self.ends[index - 1] if index else 0
+        dataset_dict = pickle.loads(self.pickled[start : self.ends[index]].tobytes())
+        return self.mapper(dataset_dict, np.random.default_rng([self.seed, draw]))
