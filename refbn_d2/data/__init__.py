@@ -1,0 +1,1 @@
+"""Datasets: `catalog` finds them by Detectron2's names, `shapes` draws the synthetic ones."""

@@ -1,0 +1,104 @@
+"""Datasets by name: Detectron2's names and paths for COCO, one's own, and the synthetic shapes.
+
+Paths lie under the folder named by the environment's DETECTRON2_DATASETS ("./datasets" by default),
+read when a name is asked for. See `refbn_d2.data.shapes` for the set behind `shapes_*`.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import shapes
+
+# name -> (image root, json), both under the datasets' root
+_COCO = {
+    "coco_2014_train": ("coco/train2014", "coco/annotations/instances_train2014.json"),
+    "coco_2014_val": ("coco/val2014", "coco/annotations/instances_val2014.json"),
+    "coco_2014_minival": ("coco/val2014", "coco/annotations/instances_minival2014.json"),
+    "coco_2014_minival_100": ("coco/val2014", "coco/annotations/instances_minival2014_100.json"),
+    "coco_2014_valminusminival": (
+        "coco/val2014",
+        "coco/annotations/instances_valminusminival2014.json",
+    ),
+    "coco_2017_train": ("coco/train2017", "coco/annotations/instances_train2017.json"),
+    "coco_2017_val": ("coco/val2017", "coco/annotations/instances_val2017.json"),
+    "coco_2017_val_100": ("coco/val2017", "coco/annotations/instances_val2017_100.json"),
+    "coco_2017_test": ("coco/test2017", "coco/annotations/image_info_test2017.json"),
+    "coco_2017_test-dev": ("coco/test2017", "coco/annotations/image_info_test-dev2017.json"),
+}
+_SHAPES = {
+    f"shapes_{part}": (f"shapes/{split}", f"shapes/annotations/instances_{part}.json")
+    for split in shapes.SPLITS
+    for part in (split, *(f"{split}_{domain}" for domain in shapes.DOMAINS))
+}
+_BUILTIN = _COCO | _SHAPES
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A COCO-format dataset: images named in `json_file` lie under `image_root`."""
+
+    name: str
+    json_file: Path
+    image_root: Path
+
+
+_registered: dict[str, Dataset] = {}
+
+
+def _builtin(name: str) -> Dataset:
+    image_root, json_file = _BUILTIN[name]
+    root = shapes.datasets_root()
+    return Dataset(name, root / json_file, root / image_root)
+
+
+def names() -> list[str]:
+    """All names `get` knows, sorted."""
+    return sorted(_BUILTIN | _registered)
+
+
+def get(name: str) -> Dataset:
+    """The dataset called `name`; a `shapes_*` set is made on first use.
+
+    Whether a COCO or registered dataset's files exist is for its reader to find out.
+
+    Raises:
+        KeyError: no dataset has this name.
+        FileExistsError: something else lies where a `shapes_*` set belongs.
+    """
+    if name in _registered:
+        return _registered[name]
+    if name not in _BUILTIN:
+        raise KeyError(
+            f"no dataset is called {name!r}. Register it, by DATASETS.REGISTER (({name!r}, json, "
+            f"image_root),) in the config or register_coco_instances. Known: {', '.join(names())}"
+        )
+    if name in _SHAPES:
+        shapes.ensure_detection(shapes.datasets_root())
+    return _builtin(name)
+
+
+def register_coco_instances(
+    name: str, json_file: str | os.PathLike, image_root: str | os.PathLike
+) -> None:
+    """Gives a name to one's own COCO-format data. The same again changes nothing.
+
+    Args:
+        name: to be used in DATASETS.TRAIN and DATASETS.TEST.
+        json_file: its annotations.
+        image_root: the folder that the json's file names start from.
+
+    Raises:
+        ValueError: the name is empty, or belongs to other files.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a dataset's name must be a non-empty string, not {name!r}")
+    dataset = Dataset(name, Path(json_file), Path(image_root))
+    known = _registered.get(name) or (_builtin(name) if name in _BUILTIN else dataset)
+    if known != dataset:
+        raise ValueError(
+            f"dataset {name!r} is already {known.json_file} with images in {known.image_root}; "
+            f"give {dataset.json_file} with images in {dataset.image_root} another name"
+        )
+    if name not in _BUILTIN:
+        _registered[name] = dataset
