@@ -1,0 +1,331 @@
+"""ResNet, ResNeXt and FPN with Detectron2's parameter names and initialisation.
+
+Shapes:
+    N images, H x W the padded input, C channels
+    images      (N, 3, H, W)
+    res<i>      (N, C_i, H / 2^i, W / 2^i), i = 2..5; res5 keeps res4's size where it is dilated
+    p<i>        (N, FPN.OUT_CHANNELS, H / 2^i, W / 2^i), i = 2..6
+"""
+
+import logging
+import math
+
+import torch
+import torch.nn.functional as F
+from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
+from torch import Tensor, nn
+
+from refbn_d2.config import refbn_options
+from refbn_d2.layers import RefBatchNorm2d
+
+logger = logging.getLogger(__name__)
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+BLOCKS[152] = (3, 8, 36, 3)
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """y = weight (x - running_mean) / sqrt(running_var + eps) + bias, all four constant buffers
+
+    The identity at first. `num_batches_tracked` is there where the layer was a BatchNorm before.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.num_features, self.eps = num_features, eps
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features) - eps)
+        self.register_buffer("num_batches_tracked", None)
+
+    @classmethod
+    def of(cls, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> "FrozenBatchNorm2d":
+        """`norm` as it is now, frozen; a RefBatchNorm2d's reference is dropped."""
+        frozen = cls(norm.num_features, norm.eps)
+        frozen.weight.copy_(norm.weight.detach())
+        frozen.bias.copy_(norm.bias.detach())
+        frozen.running_mean.copy_(norm.running_mean)
+        frozen.running_var.copy_(norm.running_var)
+        frozen.num_batches_tracked = norm.num_batches_tracked
+        return frozen
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and x.dtype == torch.float32:  # one pass that need not keep x
+            scale = self.weight * (self.running_var + self.eps).rsqrt()
+            shift = self.bias - self.running_mean * scale
+            return torch.addcmul(shift.view(1, -1, 1, 1), x, scale.view(1, -1, 1, 1))
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}"
+
+
+def get_norm(name: str, channels: int, cfg) -> nn.Module | None:
+    """The normalisation layer called `name`; None for "".
+
+    Args:
+        name: "RefBN", "BN", "SyncBN", "FrozenBN", "GN" (32 groups) or "".
+        channels: of the layer's input (N, channels, H, W).
+        cfg: MODEL.REFBN is read for RefBN, MODEL.DEVICE for SyncBN: on the CPU, where torch has no
+            synchronised BatchNorm, it is BN.
+    """
+    if name == "RefBN":
+        options = refbn_options(cfg)
+        return RefBatchNorm2d(
+            channels, reference_weight=options.reference_weight, gradient=options.gradient
+        )
+    if name == "BN" or (name == "SyncBN" and torch.device(cfg.MODEL.DEVICE).type == "cpu"):
+        return nn.BatchNorm2d(channels)
+    if name == "SyncBN":
+        return nn.SyncBatchNorm(channels)
+    if name == "FrozenBN":
+        return FrozenBatchNorm2d(channels)
+    if name == "GN":
+        return nn.GroupNorm(32, channels)
+    if name == "":
+        return None
+    raise ValueError(f"unknown norm {name!r}; known: RefBN, BN, SyncBN, FrozenBN, GN, or ''")
+
+
+class Conv2d(nn.Conv2d):
+    """relu(norm(conv(x))); the norm is the convolution's child `norm`, as Detectron2 names it."""
+
+    def __init__(self, *args, norm: nn.Module | None = None, relu: bool = False, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.norm, self.relu = norm, relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        return F.relu_(x) if self.relu else x
+
+
+def freeze(module: nn.Module) -> None:
+    """No parameter of `module` takes gradients, and every BatchNorm in it becomes FrozenBN."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+                setattr(parent, name, FrozenBatchNorm2d.of(child))
+
+
+class Stem(nn.Module):
+    """7x7 convolution and 3x3 max pooling, stride 2 each."""
+
+    def __init__(self, out_channels: int, norm: str, cfg) -> None:
+        super().__init__()
+        norm = get_norm(norm, out_channels, cfg)
+        self.conv1 = Conv2d(3, out_channels, 7, 2, 3, bias=False, norm=norm, relu=True)
+        c2_msra_fill(self.conv1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(self.conv1(x), kernel_size=3, stride=2, padding=1)
+
+
+class _Block(nn.Module):
+    """relu(residual(x) + shortcut(x)); the residual branch is conv1, conv2, ... in their order."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: str, cfg) -> None:
+        super().__init__()
+        self.shortcut = None
+        if in_channels != out_channels:
+            own_norm = get_norm(norm, out_channels, cfg)
+            self.shortcut = Conv2d(in_channels, out_channels, 1, stride, bias=False, norm=own_norm)
+
+    def _fill(self, *residual: Conv2d) -> None:
+        for conv in [*residual, self.shortcut]:
+            if conv is not None:
+                c2_msra_fill(conv)
+
+    def _add_shortcut(self, residual: Tensor, x: Tensor) -> Tensor:
+        residual += x if self.shortcut is None else self.shortcut(x)
+        return F.relu_(residual)
+
+
+class BasicBlock(_Block):
+    """The block of ResNet-18 and 34: two 3x3 convolutions."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: str, cfg) -> None:
+        super().__init__(in_channels, out_channels, stride, norm, cfg)
+
+        def conv(in_channels: int, stride: int, relu: bool) -> Conv2d:
+            own_norm = get_norm(norm, out_channels, cfg)
+            return Conv2d(
+                in_channels, out_channels, 3, stride, 1, bias=False, norm=own_norm, relu=relu
+            )
+
+        self.conv1 = conv(in_channels, stride, relu=True)
+        self.conv2 = conv(out_channels, 1, relu=False)
+        self._fill(self.conv1, self.conv2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._add_shortcut(self.conv2(self.conv1(x)), x)
+
+
+class BottleneckBlock(_Block):
+    """The block of ResNet-50, 101, 152 and ResNeXt: 1x1, 3x3 in groups, 1x1 convolution."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        norm: str,
+        cfg,
+        channels: int,
+        dilation: int = 1,
+    ) -> None:
+        super().__init__(in_channels, out_channels, stride, norm, cfg)
+        stride1, stride3 = (stride, 1) if cfg.MODEL.RESNETS.STRIDE_IN_1X1 else (1, stride)
+
+        def conv(in_channels: int, out_channels: int, kernel: int, **kwargs) -> Conv2d:
+            own_norm = get_norm(norm, out_channels, cfg)
+            return Conv2d(in_channels, out_channels, kernel, bias=False, norm=own_norm, **kwargs)
+
+        self.conv1 = conv(in_channels, channels, 1, stride=stride1, relu=True)
+        self.conv2 = conv(
+            channels,
+            channels,
+            3,
+            stride=stride3,
+            padding=dilation,
+            dilation=dilation,
+            groups=cfg.MODEL.RESNETS.NUM_GROUPS,
+            relu=True,
+        )
+        self.conv3 = conv(channels, out_channels, 1)
+        self._fill(self.conv1, self.conv2, self.conv3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._add_shortcut(self.conv3(self.conv2(self.conv1(x))), x)
+
+
+def resnet_stage(
+    cfg, stage: int, blocks: int, stride: int, dilation: int = 1, bottleneck: bool = True
+) -> nn.Sequential:
+    """The blocks of res<stage>; the first one has the stride."""
+    resnets = cfg.MODEL.RESNETS
+    widen = 2 ** (stage - 2)
+    out_channels = resnets.RES2_OUT_CHANNELS * widen
+    in_channels = resnets.STEM_OUT_CHANNELS if stage == 2 else out_channels // 2
+    layers = []
+    for _ in range(blocks):
+        args = (in_channels, out_channels, stride, resnets.NORM, cfg)
+        if bottleneck:
+            channels = resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP * widen
+            layers.append(BottleneckBlock(*args, channels=channels, dilation=dilation))
+        else:
+            layers.append(BasicBlock(*args))
+        in_channels, stride = out_channels, 1
+    return nn.Sequential(*layers)
+
+
+class ResNet(nn.Module):
+    """He et al., "Deep Residual Learning for Image Recognition", 2016: images -> {name: map}.
+
+    Attributes:
+        strides, channels: {name: int} of the maps in RESNETS.OUT_FEATURES.
+        size_divisibility: H and W must be multiples of it.
+    """
+
+    size_divisibility = 1
+
+    def __init__(self, cfg) -> None:
+        super().__init__()
+        resnets = cfg.MODEL.RESNETS
+        self.stem = Stem(resnets.STEM_OUT_CHANNELS, resnets.NORM, cfg)
+        strides, channels = {"stem": 4}, {"stem": resnets.STEM_OUT_CHANNELS}
+        self.stages = []
+        last = max(int(name[3:]) if name != "stem" else 1 for name in resnets.OUT_FEATURES)
+        total = 4
+        for stage in range(2, last + 1):
+            dilation = resnets.RES5_DILATION if stage == 5 else 1
+            stride = 1 if stage == 2 or dilation == 2 else 2
+            total *= stride
+            name = f"res{stage}"
+            blocks, bottleneck = BLOCKS[resnets.DEPTH][stage - 2], resnets.DEPTH >= 50
+            self.add_module(name, resnet_stage(cfg, stage, blocks, stride, dilation, bottleneck))
+            self.stages.append(name)
+            strides[name] = total
+            channels[name] = resnets.RES2_OUT_CHANNELS * 2 ** (stage - 2)
+        self.strides = {name: strides[name] for name in resnets.OUT_FEATURES}
+        self.channels = {name: channels[name] for name in resnets.OUT_FEATURES}
+        for stage, name in enumerate(["stem", *self.stages], start=1):
+            if stage <= cfg.MODEL.BACKBONE.FREEZE_AT:
+                freeze(getattr(self, name))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps = {}
+        for name in ["stem", *self.stages]:
+            x = getattr(self, name)(x)
+            if name in self.strides:
+                maps[name] = x
+        return maps
+
+
+class FPN(nn.Module):
+    """p_i = output_i(m_i), m_i = lateral_i(res_i) + m_(i+1) upsampled; p6 is p5, halved
+
+    Lin et al., "Feature Pyramid Networks for Object Detection", 2017: images -> {name: map}.
+    Attributes as `ResNet`.
+    """
+
+    def __init__(self, cfg) -> None:
+        super().__init__()
+        fpn = cfg.MODEL.FPN
+        bottom_up = ResNet(cfg)
+        self.in_features, self.average = list(fpn.IN_FEATURES), fpn.FUSE_TYPE == "avg"
+        self.levels = [int(math.log2(bottom_up.strides[name])) for name in self.in_features]
+        for name, level in zip(self.in_features, self.levels, strict=True):
+            convs = {
+                f"fpn_lateral{level}": (bottom_up.channels[name], 1),
+                f"fpn_output{level}": (fpn.OUT_CHANNELS, 3),
+            }
+            norms = [get_norm(fpn.NORM, fpn.OUT_CHANNELS, cfg) for _ in convs]
+            for norm, (conv_name, (in_channels, kernel)) in zip(norms, convs.items(), strict=True):
+                conv = Conv2d(
+                    in_channels,
+                    fpn.OUT_CHANNELS,
+                    kernel,
+                    padding=kernel // 2,
+                    bias=fpn.NORM == "",
+                    norm=norm,
+                )
+                self.add_module(conv_name, conv)
+            for conv_name in convs:
+                c2_xavier_fill(getattr(self, conv_name))
+        self.bottom_up = bottom_up
+        self.strides = {f"p{i}": 2**i for i in [*self.levels, self.levels[-1] + 1]}
+        self.channels = dict.fromkeys(self.strides, fpn.OUT_CHANNELS)
+        self.size_divisibility = 2 ** self.levels[-1]
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        bottom_up = self.bottom_up(x)
+        maps, merged = {}, None
+        for name, level in zip(self.in_features[::-1], self.levels[::-1], strict=True):
+            lateral = getattr(self, f"fpn_lateral{level}")(bottom_up[name])
+            if merged is not None:
+                lateral = lateral + F.interpolate(merged, scale_factor=2.0, mode="nearest")
+                if self.average:
+                    lateral = lateral / 2
+            merged = lateral
+            maps[f"p{level}"] = getattr(self, f"fpn_output{level}")(merged)
+        top = self.levels[-1]
+        maps[f"p{top + 1}"] = F.max_pool2d(maps[f"p{top}"], kernel_size=1, stride=2)
+        return {name: maps[name] for name in self.strides}
+
+
+def build_backbone(cfg) -> ResNet | FPN:
+    """The backbone that MODEL.BACKBONE.NAME says."""
+    norms = (cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM)
+    norms += (cfg.MODEL.ROI_BOX_HEAD.NORM, cfg.MODEL.ROI_MASK_HEAD.NORM)
+    if "SyncBN" in norms and torch.device(cfg.MODEL.DEVICE).type == "cpu":
+        logger.warning("SyncBN needs a GPU: on the CPU every worker normalises its own batch (BN)")
+    return {"build_resnet_backbone": ResNet, "build_resnet_fpn_backbone": FPN}[
+        cfg.MODEL.BACKBONE.NAME
+    ](cfg)

@@ -1,0 +1,363 @@
+"""Box and mask heads on regions of interest, with Detectron2's numerics.
+
+Shapes:
+    N images; S RoIs of the batch, F of them foreground; K classes, and class K is background
+    M ground-truth boxes an image, padded; P_n proposals of image n; D_n detections of image n
+    rois        (S, 5) float32, (image, x0, y0, x1, y1) in pixels of the network's input
+    m           the mask head's resolution, 2 ROI_MASK_HEAD.POOLER_RESOLUTION (C4: the same)
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import batched_nms
+
+from .backbone import Conv2d, get_norm, resnet_stage
+from .boxes import apply_deltas, box_deltas, clip_boxes, match, sample
+from .masks import mask_targets
+from .roi_align import roi_align
+from .rpn import Targets
+
+
+class Sampled(NamedTuple):
+    """RoIs to train on."""
+
+    rois: Tensor  # (S, 5)
+    classes: Tensor  # (S,) int64 in [0, K]
+    gt_index: Tensor  # (S,) int64 in [0, M), of the best matching box of the RoI's image
+
+
+class Detections(NamedTuple):
+    """Detected objects of N images, in the network's input; one image after the other."""
+
+    rois: Tensor  # (D, 5)
+    scores: Tensor  # (D,)
+    classes: Tensor  # (D,) int64 in [0, K)
+    counts: list[int]  # D_n of every image, D their sum
+
+
+class ROIPooler:
+    """RoIAlign, of every RoI on the level k = floor(4 + log2(sqrt(w h) / 224)) that exists
+
+    Lin et al., "Feature Pyramid Networks for Object Detection", 2017, equation (1).
+
+    Args:
+        head: cfg.MODEL.ROI_BOX_HEAD or ROI_MASK_HEAD.
+        strides: of the feature maps, each double the one before.
+    """
+
+    def __init__(self, head, strides: Sequence[int]) -> None:
+        self.size, self.strides = head.POOLER_RESOLUTION, list(strides)
+        self.sampling_ratio = head.POOLER_SAMPLING_RATIO
+        self.aligned = head.POOLER_TYPE == "ROIAlignV2"
+
+    def levels(self, rois: Tensor) -> Tensor:
+        """Index of the feature map for each of `rois` (S, 5): (S,) int64."""
+        side = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
+        level = torch.floor(4 + torch.log2(side / 224 + 1e-8))
+        lowest = int(math.log2(self.strides[0]))
+        return level.clamp(lowest, lowest + len(self.strides) - 1).long() - lowest
+
+    def __call__(self, features: list[Tensor], rois: Tensor) -> Tensor:
+        """(S, C, size, size) out of maps (N, C, H_i, W_i) and `rois` (S, 5) by rising image."""
+        if len(features) == 1:
+            return self._pool(0, features[0], rois)
+        levels = self.levels(rois)
+        pooled, order = [], []
+        for i, feature in enumerate(features):
+            index = (levels == i).nonzero().squeeze(1)
+            if len(index) == len(rois):
+                return self._pool(i, feature, rois)
+            order.append(index)
+            pooled.append(self._pool(i, feature, rois[index]))
+        # Back from the levels' order to that of `rois`.
+        return torch.cat(pooled)[torch.cat(order).argsort()]
+
+    def _pool(self, i: int, feature: Tensor, rois: Tensor) -> Tensor:
+        return roi_align(
+            feature, rois, self.size, self.strides[i], self.sampling_ratio, self.aligned
+        )
+
+
+def box_head(cfg, in_channels: int) -> nn.Sequential:
+    """conv1.. and fc1.. of Detectron2's FastRCNNConvFCHead: (S, C, h, w) -> (S, FC_DIM)."""
+    options = cfg.MODEL.ROI_BOX_HEAD
+    head, filled = nn.Sequential(), []
+    for i in range(options.NUM_CONV):
+        norm = get_norm(options.NORM, options.CONV_DIM, cfg)
+        bias = options.NORM == ""
+        conv = Conv2d(in_channels, options.CONV_DIM, 3, padding=1, bias=bias, norm=norm, relu=True)
+        head.add_module(f"conv{i + 1}", conv)
+        filled.append((c2_msra_fill, conv))
+        in_channels = options.CONV_DIM
+    width = in_channels * options.POOLER_RESOLUTION**2
+    head.add_module("flatten", nn.Flatten())
+    for i in range(options.NUM_FC):
+        fc = nn.Linear(width, options.FC_DIM)
+        head.add_module(f"fc{i + 1}", fc)
+        head.add_module(f"fc_relu{i + 1}", nn.ReLU(inplace=True))
+        filled.append((c2_xavier_fill, fc))
+        width = options.FC_DIM
+    for fill, layer in filled:
+        fill(layer)
+    head.out_features = width
+    return head
+
+
+class BoxPredictor(nn.Module):
+    """x (S, D) -> class logits (S, K + 1), box deltas (S, K, 4) or, for all classes, (S, 1, 4)."""
+
+    def __init__(self, cfg, in_features: int) -> None:
+        super().__init__()
+        classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        self.cls_score = nn.Linear(in_features, classes + 1)
+        boxes = 1 if cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG else classes
+        self.bbox_pred = nn.Linear(in_features, boxes * 4)
+        nn.init.normal_(self.cls_score.weight, std=0.01)
+        nn.init.normal_(self.bbox_pred.weight, std=0.001)
+        for layer in (self.cls_score, self.bbox_pred):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cls_score(x).float(), self.bbox_pred(x).float().unflatten(1, (-1, 4))
+
+
+def mask_head(cfg, in_channels: int) -> nn.Sequential:
+    """Detectron2's MaskRCNNConvUpsampleHead: (F, C, h, w) -> logits (F, K or 1, 2h, 2w)."""
+    options = cfg.MODEL.ROI_MASK_HEAD
+    head, dim = nn.Sequential(), options.CONV_DIM
+    for i in range(options.NUM_CONV):
+        norm, bias = get_norm(options.NORM, dim, cfg), options.NORM == ""
+        conv = Conv2d(in_channels, dim, 3, padding=1, bias=bias, norm=norm, relu=True)
+        head.add_module(f"mask_fcn{i + 1}", conv)
+        in_channels = dim
+    head.add_module("deconv", nn.ConvTranspose2d(in_channels, dim, 2, stride=2))
+    head.add_module("deconv_relu", nn.ReLU(inplace=True))
+    classes = 1 if options.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    head.add_module("predictor", nn.Conv2d(dim, classes, 1))
+    for name, layer in head.named_children():
+        if name not in ("deconv_relu", "predictor"):
+            c2_msra_fill(layer)
+    nn.init.normal_(head.predictor.weight, std=0.001)
+    nn.init.zeros_(head.predictor.bias)
+    return head
+
+
+class ROIHeads(nn.Module):
+    """Features and proposals -> losses in training, detections in eval mode.
+
+    A subclass says how RoIs become the box predictor's and the mask head's input.
+    """
+
+    def __init__(self, cfg) -> None:
+        super().__init__()
+        self.options = cfg.MODEL.ROI_HEADS.clone()
+        self.box_options = cfg.MODEL.ROI_BOX_HEAD.clone()
+        self.detections_per_image = cfg.TEST.DETECTIONS_PER_IMAGE
+        self.num_classes = self.options.NUM_CLASSES
+        self.in_features = list(self.options.IN_FEATURES)
+        self.mask_on = cfg.MODEL.MASK_ON
+
+    def box_features(self, features: list[Tensor], rois: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The box predictor's input (S, D), and what `mask_features` can make use of."""
+        raise NotImplementedError
+
+    def mask_features(
+        self, features: list[Tensor], rois: Tensor, index: Tensor, shared: Tensor | None
+    ) -> Tensor:
+        """The mask head's input (F, C, h, w) for `rois[index]`, `index` (F,)."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        sizes: Tensor,
+        proposals: list[Tensor],
+        targets: Targets | None = None,
+    ) -> dict[str, Tensor] | tuple[Detections, Tensor | None]:
+        """Trains or detects.
+
+        Args:
+            features: maps by name, (N, C, H_i, W_i).
+            sizes: (N, 2) float32, (height, width) of every image without its padding.
+            proposals: N of (P_n, 4).
+            targets: the ground truth, in training.
+
+        Returns:
+            In training {"loss_cls", "loss_box_reg", "loss_mask" where there is a mask head}.
+            In eval mode the detections, and their masks' probabilities (D, m, m) or None.
+        """
+        # RoIAlign's CPU kernel copies anything else, and runs in float32 under autocast anyway.
+        maps = [features[f].float().contiguous() for f in self.in_features]
+        if self.training:
+            return self._train(maps, self.sample(proposals, targets), targets)
+        image = torch.repeat_interleave(
+            torch.arange(len(proposals)), torch.tensor([len(p) for p in proposals])
+        )
+        boxes = torch.cat(proposals)
+        rois = torch.cat([image.to(boxes)[:, None], boxes], dim=1)
+        x, _ = self.box_features(maps, rois)
+        found = self.detect(*self.box_predictor(x), rois, sizes)
+        if not self.mask_on:
+            return found, None
+        x = self.mask_features(maps, found.rois, torch.arange(len(found.rois)), None)
+        return found, self._of_class(self.mask_head(x).float(), found.classes).sigmoid()
+
+    @torch.no_grad()
+    def sample(self, proposals: list[Tensor], targets: Targets) -> Sampled:
+        """Labels the proposals, and the ground truth with them, and draws BATCH_SIZE_PER_IMAGE."""
+        options = self.options
+        boxes = pad_sequence(proposals, batch_first=True)
+        counts = torch.tensor([len(p) for p in proposals]).to(boxes.device)
+        valid = torch.arange(boxes.shape[1], device=boxes.device) < counts[:, None]
+        if options.PROPOSAL_APPEND_GT:  # else there are hardly any positives at first
+            boxes = torch.cat([boxes, targets.boxes], dim=1)
+            valid = torch.cat([valid, targets.valid], dim=1)
+        index, label = match(
+            targets.boxes,
+            targets.valid,
+            boxes,
+            options.IOU_THRESHOLDS,
+            options.IOU_LABELS,
+            every_gt=False,
+        )
+        label[~targets.valid.any(dim=1)] = 0
+        image, drawn, positive = sample(
+            valid & (label == 1),
+            valid & (label == 0),
+            options.BATCH_SIZE_PER_IMAGE,
+            options.POSITIVE_FRACTION,
+        )
+        rois = torch.cat([image.to(boxes)[:, None], boxes[image, drawn]], dim=1)
+        index = index[image, drawn]
+        classes = torch.where(positive, targets.classes[image, index], self.num_classes)
+        return Sampled(rois, classes, index)
+
+    def _train(self, features: list[Tensor], sampled: Sampled, targets: Targets) -> dict:
+        rois, classes, gt_index = sampled
+        x, shared = self.box_features(features, rois)
+        logits, deltas = self.box_predictor(x)
+        foreground = (classes < self.num_classes).nonzero().squeeze(1)
+        image, gt_index = rois[foreground, 0].long(), gt_index[foreground]
+        losses = self.box_losses(
+            logits, deltas, rois, classes, foreground, targets.boxes[image, gt_index]
+        )
+        if self.mask_on:
+            x = self.mask_features(features, rois, foreground, shared)
+            masks = [
+                targets.masks[i][j] for i, j in zip(image.tolist(), gt_index.tolist(), strict=True)
+            ]
+            losses["loss_mask"] = self.mask_loss(
+                self.mask_head(x).float(), classes[foreground], masks, rois[foreground, 1:]
+            )
+        return losses
+
+    def box_losses(self, logits, deltas, rois, classes, foreground, gt_boxes) -> dict[str, Tensor]:
+        """Mean cross-entropy over S RoIs; (smooth) L1 of the foreground's deltas, summed, / S.
+
+        `foreground` (F,) are indices of RoIs, `gt_boxes` (F, 4) theirs. Both are 0 where S is.
+        """
+        options, count = self.box_options, max(len(rois), 1)
+        loss_cls = F.cross_entropy(logits, classes, reduction="sum") / count
+        wanted = box_deltas(rois[foreground, 1:], gt_boxes, options.BBOX_REG_WEIGHTS)
+        column = classes[foreground] if deltas.shape[1] > 1 else torch.zeros_like(foreground)
+        loss_box = F.smooth_l1_loss(
+            deltas[foreground, column], wanted, beta=options.SMOOTH_L1_BETA, reduction="sum"
+        )
+        return {
+            "loss_cls": loss_cls,
+            "loss_box_reg": loss_box * (options.BBOX_REG_LOSS_WEIGHT / count),
+        }
+
+    def mask_loss(self, logits: Tensor, classes: Tensor, masks: list, boxes: Tensor) -> Tensor:
+        """Mean binary cross-entropy of the F RoIs' own class masks (F, m, m); 0 where F is."""
+        wanted = mask_targets(masks, boxes, logits.shape[-1])
+        logits = self._of_class(logits, classes)
+        total = F.binary_cross_entropy_with_logits(logits, wanted.float(), reduction="sum")
+        return total / max(logits.numel(), 1)
+
+    @staticmethod
+    def _of_class(logits: Tensor, classes: Tensor) -> Tensor:
+        """(F, m, m) out of (F, K, m, m) by `classes` (F,), or out of (F, 1, m, m)."""
+        if logits.shape[1] == 1:
+            return logits[:, 0]
+        return logits[torch.arange(len(logits), device=logits.device), classes]
+
+    def detect(self, logits: Tensor, deltas: Tensor, rois: Tensor, sizes: Tensor) -> Detections:
+        """Scores over SCORE_THRESH_TEST, NMS by class, and the DETECTIONS_PER_IMAGE best."""
+        options, image = self.options, rois[:, 0].long()
+        boxes = apply_deltas(deltas, rois[:, None, 1:], self.box_options.BBOX_REG_WEIGHTS)
+        scores = logits.softmax(dim=1)
+        finite = torch.isfinite(boxes).flatten(1).all(dim=1) & torch.isfinite(scores).all(dim=1)
+        boxes = clip_boxes(boxes, sizes[image][:, None])
+        above = (scores[:, :-1] > options.SCORE_THRESH_TEST) & finite[:, None]
+        roi, classes = above.nonzero(as_tuple=True)
+        boxes = boxes[roi, classes if boxes.shape[1] > 1 else 0]
+        scores, image = scores[roi, classes], image[roi]
+        kept, start = [], 0
+        counts = torch.bincount(image, minlength=len(sizes)).tolist()
+        for n, count in enumerate(counts):
+            own = slice(start, start + count)
+            top = batched_nms(boxes[own], scores[own], classes[own], options.NMS_THRESH_TEST)
+            if self.detections_per_image >= 0:
+                top = top[: self.detections_per_image]
+            kept.append(top + start)
+            counts[n], start = len(top), start + count
+        kept = torch.cat(kept)
+        found = torch.cat([image[kept].to(boxes)[:, None], boxes[kept]], dim=1)
+        return Detections(found, scores[kept], classes[kept], counts)
+
+
+class StandardROIHeads(ROIHeads):
+    """Box and mask head pool for themselves (FPN, DC5)."""
+
+    def __init__(self, cfg, strides: dict[str, int], channels: dict[str, int]) -> None:
+        super().__init__(cfg)
+        in_channels = channels[self.in_features[0]]
+        own_strides = [strides[f] for f in self.in_features]
+        self.box_pooler = ROIPooler(cfg.MODEL.ROI_BOX_HEAD, own_strides)
+        self.box_head = box_head(cfg, in_channels)
+        self.box_predictor = BoxPredictor(cfg, self.box_head.out_features)
+        if self.mask_on:
+            self.mask_pooler = ROIPooler(cfg.MODEL.ROI_MASK_HEAD, own_strides)
+            self.mask_head = mask_head(cfg, in_channels)
+
+    def box_features(self, features, rois):
+        return self.box_head(self.box_pooler(features, rois)), None
+
+    def mask_features(self, features, rois, index, shared):
+        return self.mask_pooler(features, rois[index])
+
+
+class Res5ROIHeads(ROIHeads):
+    """Box and mask head share RoIs that went through three bottleneck blocks, res5 (C4)."""
+
+    def __init__(self, cfg, strides: dict[str, int], channels: dict[str, int]) -> None:
+        super().__init__(cfg)
+        self.pooler = ROIPooler(cfg.MODEL.ROI_BOX_HEAD, [strides[f] for f in self.in_features])
+        self.res5 = resnet_stage(cfg, stage=5, blocks=3, stride=2)
+        out_channels = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 8
+        self.box_predictor = BoxPredictor(cfg, out_channels)
+        if self.mask_on:
+            self.mask_head = mask_head(cfg, out_channels)
+
+    def box_features(self, features, rois):
+        shared = self.res5(self.pooler(features, rois))
+        return shared.mean(dim=(2, 3)), shared
+
+    def mask_features(self, features, rois, index, shared):
+        if shared is not None:
+            return shared[index]
+        return self.res5(self.pooler(features, rois[index]))
+
+
+def build_roi_heads(cfg, strides: dict[str, int], channels: dict[str, int]) -> ROIHeads:
+    """The heads that MODEL.ROI_HEADS.NAME says, on maps of these strides and channels."""
+    heads = {"StandardROIHeads": StandardROIHeads, "Res5ROIHeads": Res5ROIHeads}
+    return heads[cfg.MODEL.ROI_HEADS.NAME](cfg, strides, channels)
