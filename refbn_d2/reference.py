@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refbn_d2.config import RefBNOptions
@@ -264,6 +265,26 @@ class ReferenceBatch:
 
     def _drop_rows(self, module: nn.Module, args: tuple, output: Any) -> Any:
         return _without_last(output, len(self._riding)) if self._riding else None
+
+
+def image_rows(model: nn.Module) -> Callable[[list[dict], Tensor], Tensor]:
+    """The `rows` of a detector that holds Detectron2's `pixel_mean`, `pixel_std` (C, 1, 1).
+
+    Images are normalised as the batch was, then padded with zeros or cropped at the right and the
+    bottom to its size.
+    """
+
+    def rows(samples: list[dict], batch: Tensor) -> Tensor:
+        height, width = batch.shape[-2:]
+        images = []
+        for sample in samples:
+            image = sample["image"].to(batch.device, non_blocking=True)
+            image = (image - model.pixel_mean) / model.pixel_std
+            h, w = image.shape[-2:]
+            images.append(F.pad(image, (0, width - w, 0, height - h)))
+        return torch.stack(images)
+
+    return rows
 
 
 def _without_last(output: Any, k: int) -> Any:

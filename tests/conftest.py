@@ -2,6 +2,8 @@ import socket
 
 import pytest
 
+QUICKSTART = "configs/quickstart/mask_rcnn_R_18_FPN_refbn.yaml"
+
 
 @pytest.fixture
 def free_port():
@@ -9,3 +11,39 @@ def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_shapes(tmp_path_factory):
+    """A root of 24 + 6 shapes pictures of 64 pixels."""
+    from refbn_d2.data.shapes import make_detection
+
+    root = tmp_path_factory.mktemp("datasets")
+    make_detection(root, size=64, num_train=24, num_val=6)
+    return root
+
+
+@pytest.fixture
+def tiny_cfg(tiny_shapes, tmp_path, request):
+    """Mask R-CNN R-18-FPN with RefBN for `tiny_shapes`: some steps a second on one core."""
+    from refbn_d2.config import get_cfg
+
+    cfg = get_cfg()
+    cfg.merge_from_file(str(request.config.rootpath / QUICKSTART))
+    shapes = tiny_shapes / "shapes"
+    splits = [(s, str(shapes / f"annotations/instances_{s}.json"), str(shapes / s))
+              for s in ("train", "val")]  # fmt: skip
+    cfg.merge_from_list(
+        [
+            "DATASETS.REGISTER", [(f"tiny_{split}", *rest) for split, *rest in splits],
+            "DATASETS.TRAIN", ["tiny_train"], "DATASETS.TEST", ["tiny_val"],
+            "INPUT.MIN_SIZE_TRAIN", [64], "INPUT.MIN_SIZE_TEST", 64,
+            "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 8, "SOLVER.CHECKPOINT_PERIOD", 4,
+            "SOLVER.BASE_LR", 0.002, "SOLVER.AMP.ENABLED", False, "TEST.EVAL_PERIOD", 0,
+            "MODEL.REFBN.NUM_IMAGES", 4, "MODEL.REFBN.SLICE_SIZE", 2,
+            "MODEL.REFBN.REFRESH_PERIOD", 3,
+            "MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0, "SEED", 3,
+            "OUTPUT_DIR", str(tmp_path / "output"),
+        ]
+    )  # fmt: skip
+    return cfg

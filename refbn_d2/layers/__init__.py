@@ -1,4 +1,13 @@
+from .conversion import convert_from_refbn, convert_to_refbn, fold
 from .functional import ref_batch_norm
 from .ref_batch_norm import Moments, RefBatchNorm2d, refbn_layers
 
-__all__ = ["Moments", "RefBatchNorm2d", "ref_batch_norm", "refbn_layers"]
+__all__ = [
+    "Moments",
+    "RefBatchNorm2d",
+    "convert_from_refbn",
+    "convert_to_refbn",
+    "fold",
+    "ref_batch_norm",
+    "refbn_layers",
+]

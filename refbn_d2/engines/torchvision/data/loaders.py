@@ -137,12 +137,19 @@ def build_test_loader(
 ) -> DataLoader:
     """Returns a loader of lists of up to `batch_size` samples; each image once over all ranks.
 
-    Batches larger than Detectron2's 1 differ from it only by padding to a common size.
+    A batch holds images of one size, so that none is padded: results do not depend on
+    `batch_size`. Detectron2's is 1.
     """
     if batch_size < 1:
         raise ValueError(f"the batch size of evaluation is {batch_size}; allowed: 1 or more")
-    indices = [(i, i) for i in range(rank, len(dataset_dicts), world_size)]
-    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    by_size = defaultdict(list)
+    for i in range(rank, len(dataset_dicts), world_size):
+        by_size[dataset_dicts[i]["height"], dataset_dicts[i]["width"]].append((i, i))
+    batches = [
+        indices[i : i + batch_size]
+        for indices in by_size.values()
+        for i in range(0, len(indices), batch_size)
+    ]
     return _loader(cfg, _MappedDicts(dataset_dicts, Mapper(cfg, is_train=False), 0), batches)
 
 

@@ -1,0 +1,31 @@
+"""The engine for machines without Detectron2: its numerics and names on torchvision's operators."""
+
+import argparse
+import logging
+
+import torch
+
+from refbn_d2.config import get_cfg, refbn_options
+
+from .distributed import launch
+from .supported import check_supported
+from .trainer import main
+
+logger = logging.getLogger(__name__)
+
+
+def run(args: argparse.Namespace):
+    """What `tools/train_net.py` does on this engine; see its `--help` for `args`."""
+    cfg = get_cfg()
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    check_supported(cfg)
+    refbn_options(cfg)
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        logger.warning("MODEL.DEVICE is cuda, and there is none here: using the CPU.")
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    return launch(
+        main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, cfg.MODEL.DEVICE,
+        (cfg, args.resume, args.eval_only, args.allow_partial_weights),
+    )  # fmt: skip
