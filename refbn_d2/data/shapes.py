@@ -38,14 +38,15 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 GENERATOR = "refbn_d2.data.shapes"
-VERSION = "2"  # raise it with every change to a pixel or an annotation: folders on disk are remade
+VERSION = "1"  # raise it with every change to a pixel or an annotation: folders on disk are remade
 DOMAINS = ("plain", "lighting", "palette", "blur", "noise", "contrast", "inverted")
 SPLITS = ("train", "val")
 
 MAX_OBJECTS = 7
-MIN_VISIBLE = 0.3  # of the whole shape, what occlusion and the image's border must leave
+TILT = 20  # degrees to either side
+MIN_VISIBLE = 0.4  # of the whole shape, what occlusion and the image's border must leave
 MIN_AREA = 24  # visible pixels
-DIAMETERS = (12, 22, 42, 80)  # bounds of three equally likely ranges, in 1/128 of the shorter side
+DIAMETERS = (16, 30, 52, 88)  # bounds of three equally likely ranges, in 1/128 of the shorter side
 
 _SHIFT = 4  # fractional bits of a vertex
 _ONE = 1 << _SHIFT
@@ -156,14 +157,13 @@ def _ramp(u: np.ndarray) -> np.ndarray:
     return (u - u.min()) * 255 // max(int(np.ptp(u)), 1)
 
 
-def _texture(rng: np.random.Generator, shape: tuple[int, int], colours: np.ndarray, finest: int):
-    """A two-colour pattern (h, w, 3) uint8: flat, gradient, stripes, checker, dots or blobs.
+def _texture(rng: np.random.Generator, shape: tuple[int, int], colours: np.ndarray, kinds: int):
+    """A two-colour pattern (h, w, 3) uint8, one of the first `kinds` of these:
 
-    Its period is one to four times `finest` pixels; colours (2, 3).
+    flat, gradient, stripes, checker, dots, blobs, with a period of 6 to 24 pixels; colours (2, 3).
     """
     height, width = shape
-    kind, degrees, period = rng.integers(0, [6, 360, 3 * finest * _ONE]).tolist()
-    period += finest * _ONE
+    kind, degrees, period = rng.integers([0, 0, 6 * _ONE], [kinds, 360, 24 * _ONE]).tolist()
     u, v = _coordinates(degrees, height, width)
     if kind == 0:
         weights = np.zeros(shape)
@@ -203,7 +203,7 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.nda
     """A dark to middling texture under thin, crooked strokes; also its two colours (2, 3)."""
     height, width = size
     colours = rng.integers(0, 150, (2, 3))
-    image = _texture(rng, size, colours, finest=6)
+    image = _texture(rng, size, colours, kinds=6)
     reach = max(size) * _ONE // 6
     for _ in range(rng.integers(0, 9)):
         corners, thickness = rng.integers([2, 1], [6, 3]).tolist()
@@ -216,13 +216,13 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.nda
 
 
 def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, colour: np.ndarray):
-    """Fills a mask (H, W) uint8 with a texture about `colour`; every second has an outline."""
+    """Fills a mask (H, W) uint8, flat or shaded about `colour`; every second has an outline."""
     x, y, width, height = cv2.boundingRect(mask)
     mask = mask[y : y + height, x : x + width]
     view = image[y : y + height, x : x + width]
     second = np.clip(colour + rng.integers(-70, 71, 3), 0, 255)
     outlined, bright = rng.integers(0, 2, 2).tolist()
-    cv2.copyTo(_texture(rng, mask.shape, np.stack([colour, second]), finest=4), mask, view)
+    cv2.copyTo(_texture(rng, mask.shape, np.stack([colour, second]), kinds=2), mask, view)
     if outlined:
         inside = cv2.erode(mask, _CROSS, borderType=cv2.BORDER_CONSTANT, borderValue=0)
         view[mask > inside] = colour // 3 + 170 * bright
@@ -273,7 +273,8 @@ def draw_detection(
     labels, needed, colours = [], [0], [*backdrop]
     for _ in range(rng.integers(1, MAX_OBJECTS + 1)):
         number = len(labels) + 1
-        label, squeeze, degrees = rng.integers([0, 200, 0], [len(CLASSES), 257, 360]).tolist()
+        label, squeeze = rng.integers([0, 200], [len(CLASSES), 257]).tolist()
+        degrees = int(rng.integers(-TILT, TILT + 1)) % 360
         for _ in range(8):
             x, y, diameter = _place(rng, owner)
             contours = _pose(label, diameter, squeeze, degrees)
@@ -320,9 +321,8 @@ def draw_classification(
     image, backdrop = _background(rng, size)
     label = index % len(CLASSES)
     short = min(size)
-    diameter, squeeze, degrees = rng.integers(
-        [short * 3 // 8, 200, 0], [short * 7 // 8, 257, 360]
-    ).tolist()
+    diameter, squeeze = rng.integers([short * 3 // 8, 200], [short * 7 // 8, 257]).tolist()
+    degrees = int(rng.integers(-TILT, TILT + 1)) % 360
     spare = (short - diameter) * _ONE // 2 + short  # a sixteenth of it may leave the image
     x, y = (np.array(size[::-1]) * _ONE // 2 + rng.integers(-spare, spare + 1, 2)).tolist()
     mask = _fill(np.zeros(size, np.uint8), _pose(label, diameter, squeeze, degrees), 1, x, y)

@@ -267,8 +267,10 @@ def test_more_ranks_than_images(dicts):
 
 def test_test_loader_with_workers(dicts):
     loader = build_test_loader(config("DATALOADER.NUM_WORKERS", 2), dicts, batch_size=4)
-    ids = [s["image_id"] for batch in loader for s in batch]
-    assert ids == [d["image_id"] for d in dicts]
+    batches = [[s["image_id"] for s in batch] for batch in loader]
+    assert sorted(i for batch in batches for i in batch) == [d["image_id"] for d in dicts]
+    size = {d["image_id"]: (d["height"], d["width"]) for d in dicts}
+    assert all(len({size[i] for i in batch}) == 1 for batch in batches)  # nothing is padded
 
 
 def test_batch_size_of_evaluation_is_checked(dicts):
