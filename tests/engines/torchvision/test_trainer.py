@@ -171,8 +171,8 @@ def two_workers(cfg, tmp_path, launcher=(), *arguments):
 def test_two_workers_train_as_one_by_num_gpus_and_by_torchrun(tiny_cfg, tmp_path):
     """Norms that do not see the batch, no random sampling: the same gradients, however split."""
     tiny_cfg.merge_from_list(
-        ["MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "", "MODEL.ROI_MASK_HEAD.NORM", "", "MODEL.ROI_BOX_HEAD.NORM", "",
-        
+        ["MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "", "MODEL.ROI_MASK_HEAD.NORM", "",
+         "MODEL.ROI_BOX_HEAD.NORM", "",
          "INPUT.RANDOM_FLIP", "none", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 4096,
          "MODEL.RPN.BATCH_SIZE_PER_IMAGE", 100000, "SOLVER.MAX_ITER", 2, "MODEL.MASK_ON", False]
     )  # fmt: skip
