@@ -5,7 +5,7 @@ setup(
     version="0.1.0",
     description="Reference batch normalization for detection and segmentation with Detectron2",
     packages=find_packages(include=["refbn_d2", "refbn_d2.*"]),
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=[
         "torch>=2.15,<3",
         "torchvision>=0.29,<1",

@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -84,20 +84,23 @@ def find_again(identity: dict, dataset_dicts: Sequence[dict]) -> list[int]:
     Raises:
         ValueError: an image is gone, or its file or its annotations have changed. Names it.
     """
-    places = {
-        (d["image_id"], os.path.basename(d["file_name"])): i for i, d in enumerate(dataset_dicts)
-    }
+    places = defaultdict(list)  # several, where joined datasets share ids and names
+    for i, d in enumerate(dataset_dicts):
+        places[d["image_id"], os.path.basename(d["file_name"])].append(i)
     found = []
     for image in identity["images"]:
         name = f"image {image['image_id']} ({image['file_name']}) of {identity['dataset']}"
-        index = places.get((image["image_id"], image["file_name"]))
-        if index is None or not os.path.exists(dataset_dicts[index]["file_name"]):
-            problem = "is gone from the training set"
-        elif _fingerprint(dataset_dicts[index]) != image["fingerprint"]:
-            problem = "has changed (its file or its annotations)"
-        else:
-            found.append(index)
+        there = [
+            index
+            for index in places[image["image_id"], image["file_name"]]
+            if os.path.exists(dataset_dicts[index]["file_name"])
+        ]
+        same = [i for i in there if _fingerprint(dataset_dicts[i]) == image["fingerprint"]]
+        if same:
+            found.append(same[0])
             continue
+        gone, changed = "is gone from the training set", "has changed (its file or its annotations)"
+        problem = changed if there else gone
         raise ValueError(
             f"The checkpoint's reference batch cannot be had again: {name} {problem}. Put it back, "
             "or start a new run without --resume in another OUTPUT_DIR."
@@ -187,6 +190,8 @@ class ReferenceBatch:
 
     def before_step(self, iteration: int) -> None:
         """To be called before the training step's forward pass."""
+        self._riding = []  # of a step that failed
+        _take_recorded(self._layers)
         refresh = self.options.refresh
         if refresh == "static" or iteration % self.options.refresh_period:
             return
@@ -195,10 +200,10 @@ class ReferenceBatch:
                 self.capture()
             return
         samples = self._next_slice()
-        recorded = {}
+        recorded: dict[str, Moments | None] = {}
         if len(self._riders) < len(self._layers):
             recorded = self._run(samples, "slice")
-        if refresh == "slice":
+        if not self._riders:
             self._commit(recorded)
             return
         self._riding = samples
@@ -255,7 +260,7 @@ class ReferenceBatch:
             )
 
     def _append_rows(self, module: nn.Module, args: tuple) -> tuple | None:
-        if not self._riding:
+        if not (self._riding and module.training):
             return None
         batch, *rest = args
         rows = self._rows(self._riding, batch).to(batch)
@@ -264,7 +269,9 @@ class ReferenceBatch:
         return torch.cat([batch, rows]), *rest
 
     def _drop_rows(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        return _without_last(output, len(self._riding)) if self._riding else None
+        if not (self._riding and module.training):
+            return None
+        return _without_last(output, len(self._riding))
 
 
 def image_rows(model: nn.Module) -> Callable[[list[dict], Tensor], Tensor]:

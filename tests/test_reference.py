@@ -349,6 +349,39 @@ def test_the_same_images_are_found_again_in_another_order(dataset_dicts):
     assert [shuffled[i] for i in found] == [dataset_dicts[i] for i in chosen]
 
 
+def test_joined_datasets_may_share_ids_and_names(dataset_dicts, tmp_path):
+    (tmp_path / "other").mkdir()
+    twin = {**dataset_dicts[3], "file_name": str(tmp_path / "other/3.png")}
+    (tmp_path / "other/3.png").write_bytes(b"another picture")
+    identity = identify("a + b", [dataset_dicts[3], twin], seed=0)
+    both = [*dataset_dicts, twin]
+    assert find_again(identity, both) == [3, 10]
+
+
+def test_backbone_without_refbn_carries_no_riders():
+    model, _ = make("ride")
+    model.backbone[1] = nn.BatchNorm2d(4)
+    _, reference = make("ride", model=model)
+    reference.capture()
+    rows = []
+    model.backbone[0].register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
+    before = model.head[1].ref_mean.clone()
+    train(model, reference, 1)
+    assert rows == [2, 3] and not torch.equal(before, model.head[1].ref_mean)
+
+
+def test_a_step_that_failed_leaves_no_rider(tmp_path):
+    model, reference = make("ride")
+    reference.capture()
+    reference.before_step(0)
+    assert len(model.eval().backbone(torch.zeros(3, 3, 8, 8))["p2"]) == 3  # and none in evaluation
+    reference.before_step(1)
+    rows = []
+    model.backbone[0].register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
+    model.train()(images(1, 3))
+    assert rows == [3] and model.backbone[1].record is None
+
+
 @pytest.mark.parametrize("harm", ["file gone", "dict gone", "pixels", "annotation"])
 def test_a_gone_or_changed_image_is_named(dataset_dicts, harm):
     identity = identify("shapes_train", dataset_dicts[:6], seed=0)

@@ -1,11 +1,10 @@
 #!/usr/bin/env python
-"""Train or evaluate a detector out of a Detectron2 config, on Detectron2 or without it."""
+"""Train or evaluate a detector out of a Detectron2 config."""
 
 import argparse
+import logging
 import sys
 
-from refbn_d2.checkpoint.files import CheckpointError
-from refbn_d2.config import ConfigError
 from refbn_d2.engines.select import ENGINES, select
 
 
@@ -23,9 +22,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dist-url", default="auto", help="tcp://host:port of machine 0; auto on a single machine"
     )
-    p.add_argument(
-        "--engine", choices=ENGINES, default="auto", help="auto: detectron2 if installed"
-    )
+    p.add_argument("--engine", choices=ENGINES, default="auto", help="auto: torchvision, so far")
     p.add_argument(
         "--allow-partial-weights", action="store_true",
         help="train although MODEL.WEIGHTS fills under 95 %% of the backbone",
@@ -40,7 +37,8 @@ def main() -> None:
     args = parser().parse_args()
     try:
         select(args.engine).run(args)
-    except (ConfigError, CheckpointError, OSError, NotImplementedError) as error:
+    except (ValueError, OSError, FloatingPointError, NotImplementedError) as error:
+        logging.getLogger("refbn_d2").debug("", exc_info=True)  # the traceback goes to log.txt
         sys.exit(f"{type(error).__name__}: {error}")
 
 

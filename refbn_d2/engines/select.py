@@ -10,7 +10,7 @@ ENGINES = ("auto", "detectron2", "torchvision")
 
 
 def select(name: str) -> ModuleType:
-    """The engine's module, which has `run(args)`; "auto" is Detectron2 where it can be imported.
+    """The engine's module, which has `run(args)`; "auto" is torchvision, so far.
 
     Raises:
         NotImplementedError: "detectron2", which this package does not drive yet.

@@ -28,13 +28,15 @@ def launch(
     returned.
 
     Raises:
-        ValueError: more GPUs than there are; or several machines with dist_url "auto".
+        ValueError: no worker; more GPUs than there are; or several machines with dist_url "auto".
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         return _worker(local_rank, main, rank, size, local_size, "env://", device, args)
+    if num_gpus_per_machine < 1:
+        raise ValueError(f"--num-gpus {num_gpus_per_machine}: it takes one worker or more.")
     if device == "cuda" and num_gpus_per_machine > torch.cuda.device_count():
         raise ValueError(
             f"--num-gpus {num_gpus_per_machine}, but this machine has {torch.cuda.device_count()}."
@@ -101,6 +103,12 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait until every worker is here."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def broadcast(value: Any) -> Any:

@@ -11,6 +11,8 @@ import torch
 from fvcore.common.history_buffer import HistoryBuffer
 from tqdm import tqdm
 
+from refbn_d2.checkpoint.files import write_text
+
 logger = logging.getLogger(__name__)
 
 WINDOW = 20  # iterations between lines, and the window of their medians, as in Detectron2
@@ -56,8 +58,12 @@ class EventWriter:
     def __init__(self, output_dir: Path, start_iteration: int, max_iter: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
-        self._metrics = open(output_dir / "metrics.json", "a")  # noqa: SIM115
-        self._tensorboard = SummaryWriter(str(output_dir))
+        path = output_dir / "metrics.json"
+        if start_iteration and path.exists():  # without a line that was cut off
+            lines = path.read_text().splitlines(keepends=True)
+            write_text(path, "".join(line for line in lines if line.endswith("\n")))
+        self._metrics = open(path, "a" if start_iteration else "w")  # noqa: SIM115
+        self._tensorboard = SummaryWriter(str(output_dir), purge_step=start_iteration)
         self._history: dict[str, HistoryBuffer] = defaultdict(lambda: HistoryBuffer(WINDOW))
         self._max_iter = max_iter
         self._bar = tqdm(

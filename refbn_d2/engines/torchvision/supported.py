@@ -12,6 +12,7 @@ CHOICES = {
     "VERSION": (2,),
     "FLOAT32_PRECISION": ("",),
     "VIS_PERIOD": (0,),
+    "MODEL.DEVICE": ("cuda", "cpu"),
     "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
     "MODEL.KEYPOINT_ON": (False,),
     "MODEL.LOAD_PROPOSALS": (False,),

@@ -8,6 +8,7 @@ import json
 import logging
 import random
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from refbn_d2.checkpoint.files import load_checkpoint, load_weights, save_checkpoint, write_text
-from refbn_d2.config import refbn_options
+from refbn_d2.config import ConfigError, refbn_options
 from refbn_d2.config.node import leaves
 from refbn_d2.layers import refbn_layers
 from refbn_d2.metrics import coco_ap
@@ -50,7 +51,8 @@ logger = logging.getLogger(__name__)
 # What may differ between a run and its resumption without making it another run.
 FREE_ON_RESUME = (
     "MODEL.DEVICE", "MODEL.WEIGHTS", "OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "DATASETS.TEST",
-    "TEST.", "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "VIS_PERIOD", "CUDNN_BENCHMARK",
+    "DATASETS.REGISTER", "TEST.", "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "VIS_PERIOD",
+    "CUDNN_BENCHMARK",
 )  # fmt: skip
 SAMPLES_SHOWN = 8
 
@@ -92,7 +94,8 @@ class Trainer:
     ) -> None:
         self.cfg, self.output_dir = cfg, output_dir
         self.device = torch.device(cfg.MODEL.DEVICE)
-        self.test_data: dict[str, LoadedDataset] = {}
+        # All of them now: what is wrong with one should not come out at the end of the training.
+        self.test_data = {name: load_test_dicts(cfg, name) for name in cfg.DATASETS.TEST}
         checkpoint = self._last_checkpoint() if resume else None
         if resume and checkpoint is None:
             logger.warning("--resume: %s holds no checkpoint yet; starting anew.", output_dir)
@@ -108,6 +111,8 @@ class Trainer:
             load_weights(self.model, state, cfg.MODEL.WEIGHTS, allow_partial_weights)
         elif not training:
             logger.warning("MODEL.WEIGHTS is empty: evaluating a model of random weights.")
+        if not training and not self.test_data:
+            raise ConfigError("DATASETS.TEST is empty: --eval-only has nothing to evaluate on.")
         if training:
             self._prepare_training(checkpoint)
 
@@ -138,7 +143,8 @@ class Trainer:
             )
         if checkpoint:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scaler.load_state_dict(checkpoint["grad_scaler"])
+            if checkpoint["grad_scaler"]:  # empty where the run was on the CPU so far
+                self.scaler.load_state_dict(checkpoint["grad_scaler"])
             logger.info("Resumed at iteration %d.", self.start_iteration)
 
     def _reference(self, data, checkpoint: dict | None) -> ReferenceBatch:
@@ -199,7 +205,7 @@ class Trainer:
                 lr, losses = self._step(iteration, samples)
                 last = iteration + 1 == cfg.SOLVER.MAX_ITER
                 report = last or (iteration + 1) % WINDOW == 0
-                if report:  # the workers' losses are averaged, and they agree whether to stop
+                if report:  # with the workers' mean losses; they agree whether to stop
                     *values, stopping = distributed.mean_over_workers(
                         [*losses.values(), stop.number], self.device
                     )
@@ -224,22 +230,33 @@ class Trainer:
                     )
                     if main_process:
                         writer.close()
-                    raise SystemExit(128 + int(stopping))
+                    distributed.barrier()  # none is gone before the checkpoint is there
+                    raise SystemExit(128 + (stop.number or signal.SIGTERM))
                 if last or (cfg.TEST.EVAL_PERIOD and (iteration + 1) % cfg.TEST.EVAL_PERIOD == 0):
                     results = self.evaluate()
                     self.model.train()
                     if main_process:
-                        writer.write_results(iteration, _flat(results))
-                        plot_curves(
-                            self.output_dir / "metrics.json", self.output_dir / "curves.png"
-                        )
+                        self._show(writer, iteration, results)
+        if self.start_iteration >= cfg.SOLVER.MAX_ITER:  # all but the last evaluation was done
+            results = self.evaluate()
+            if main_process:
+                self._show(writer, cfg.SOLVER.MAX_ITER - 1, results)
         if main_process:
             writer.close()
         return results
 
+    def _show(self, writer: EventWriter, iteration: int, results: dict[str, dict]) -> None:
+        if results:
+            writer.write_results(iteration, _flat(results))
+        try:
+            plot_curves(self.output_dir / "metrics.json", self.output_dir / "curves.png")
+        except ValueError as error:  # nothing to draw yet
+            logger.warning("No curves.png: %s", error)
+
     def _step(self, iteration: int, samples: list[dict]) -> tuple[float, dict[str, float]]:
         """One optimizer step; the learning rate and the losses of this worker."""
-        torch.manual_seed(((self.seed + distributed.rank()) << 32) + iteration)
+        state = np.random.SeedSequence([self.seed, distributed.rank(), iteration])
+        torch.manual_seed(int(state.generate_state(1)[0]))
         factor = self.multiplier(iteration / self.cfg.SOLVER.MAX_ITER)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -278,10 +295,7 @@ class Trainer:
         results = {}
         self.model.eval()
         distributed.share_buffers(self.model)
-        for name in self.cfg.DATASETS.TEST:
-            if name not in self.test_data:  # read once a run
-                self.test_data[name] = load_test_dicts(self.cfg, name)
-            data = self.test_data[name]
+        for name, data in self.test_data.items():
             found, shown = self._predict(data)
             if distributed.rank() != 0:
                 continue
@@ -290,6 +304,9 @@ class Trainer:
                 folder /= name
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "coco_instances_results.json", json.dumps(found))
+            if not any(d["annotations"] for d in data.dicts):
+                logger.warning("%s has no annotations: %s is written, not scored.", name, folder)
+                continue
             tasks = ("bbox", "segm") if self.cfg.MODEL.MASK_ON else ("bbox",)
             result = coco_ap.evaluate(
                 data.json_file, found, tasks, data.class_names, self.cfg.TEST.DETECTIONS_PER_IMAGE
@@ -303,7 +320,9 @@ class Trainer:
     def _predict(self, data: LoadedDataset) -> tuple[list[dict], list[tuple]]:
         """COCO results of all workers (on worker 0), and the first images with both sides drawn."""
         workers = distributed.world_size()
-        batch_size = max(1, self.cfg.SOLVER.IMS_PER_BATCH // workers)  # trained on: it fits
+        # No more pixels than one image of Detectron2's usual size has.
+        batch_size = 800 * 1333 // max(1, self.cfg.INPUT.MAX_SIZE_TEST) ** 2
+        batch_size = min(max(batch_size, 1), 16) if self.cfg.INPUT.MIN_SIZE_TEST else 1
         loader = build_test_loader(self.cfg, data.dicts, distributed.rank(), workers, batch_size)
         by_id = {d["image_id"]: d for d in data.dicts}
         to_dataset_id = {contiguous: id_ for id_, contiguous in data.id_map.items()}
@@ -424,6 +443,7 @@ class _Stop:
 
     def __call__(self, number: int, frame) -> None:
         self.number = number
+        print("Stopping: a checkpoint will be written. Again: at once.", file=sys.stderr)
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
 

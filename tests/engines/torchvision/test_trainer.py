@@ -146,7 +146,10 @@ def test_signal_writes_a_checkpoint_and_resume_goes_on(tiny_cfg, tmp_path, numbe
     metrics = Path(tiny_cfg.OUTPUT_DIR) / "metrics.json"
     wait_for(lambda: metrics.exists() and metrics.read_text(), process)  # 20 iterations are done
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 128 + number, err
     assert "its checkpoint is written. Go on with --resume" in err
     (saved,) = Path(tiny_cfg.OUTPUT_DIR).glob("model_*.pth")
@@ -211,6 +214,37 @@ def test_two_workers_with_refbn_and_every_picture_evaluated_once(tiny_cfg, tmp_p
     for a, b in zip(sorted(detections, key=key), sorted(alone, key=key), strict=True):
         assert a["bbox"] == pytest.approx(b["bbox"], abs=1e-2)
     assert again["tiny_val"]["bbox"]["AP"] >= 0
+
+
+def test_a_run_killed_in_its_last_evaluation_evaluates_on_resume(tiny_cfg, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Trainer, "evaluate", lambda self: (_ for _ in ()).throw(Killed))
+        run(tiny_cfg, "SOLVER.MAX_ITER", 1)
+    results = run(tiny_cfg, "SOLVER.MAX_ITER", 1, resume=True)
+    assert results["tiny_val"]["bbox"]["AP"] >= 0
+    metrics = (Path(tiny_cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()
+    assert "bbox/AP" in json.loads(metrics[-1])
+
+
+def test_a_metrics_line_that_was_cut_off_is_dropped_on_resume(tiny_cfg):
+    run(tiny_cfg, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", [])
+    metrics = Path(tiny_cfg.OUTPUT_DIR) / "metrics.json"
+    metrics.write_text(metrics.read_text() + '{"iteration": 1, "total_l')
+    run(tiny_cfg, "SOLVER.MAX_ITER", 2, resume=True)
+    assert [json.loads(line)["iteration"] for line in metrics.read_text().splitlines()] == [0, 1, 1]
+
+
+def test_random_numbers_differ_by_seed(tiny_cfg, tmp_path):
+    """In sampling too: the same weights and pictures, another seed, other losses."""
+    losses = {}
+    for seed in (3, 4):
+        out = tmp_path / str(seed)
+        tiny_cfg.merge_from_list(["SEED", seed, "OUTPUT_DIR", str(out)])
+        trainer = Trainer(tiny_cfg, out, False, False, training=True)
+        trainer.model.load_state_dict(losses.setdefault("weights", trainer.model.state_dict()))
+        samples = losses.setdefault("samples", next(iter(trainer.loader)))
+        losses[seed] = trainer._step(0, samples)[1]["loss_rpn_cls"]
+    assert losses[3] != losses[4]
 
 
 # -- bad input -------------------------------------------------------------------------------------
@@ -313,6 +347,17 @@ def test_expected_results(tiny_cfg):
     weights_file = str(out / "model_final.pth")
     expected = [["bbox", "AP", 0.0, 50.0]]
     run(tiny_cfg, "MODEL.WEIGHTS", weights_file, "TEST.EXPECTED_RESULTS", expected, eval_only=True)
+
+
+def test_eval_only_without_a_dataset(tiny_cfg):
+    with pytest.raises(ValueError, match="DATASETS.TEST is empty"):
+        run(tiny_cfg, "DATASETS.TEST", [], eval_only=True)
+
+
+def test_a_test_set_is_looked_for_before_training(tiny_cfg):
+    with pytest.raises(KeyError, match="shapes_vall"):
+        run(tiny_cfg, "DATASETS.TEST", ["shapes_vall"])
+    assert not (Path(tiny_cfg.OUTPUT_DIR) / "metrics.json").exists()
 
 
 def test_command_line_errors_are_one_line(tiny_cfg, tmp_path):

@@ -173,8 +173,10 @@ def _as_list(samples: list[dict]) -> list[dict]:
 
 
 def _start_worker(worker: int) -> None:
-    """Ctrl-C, which a terminal sends to workers too, is the main process's. OpenCV would start a
-    thread a core in each worker; torch limits itself there.
+    """Ctrl-C, which a terminal sends to workers too, is the main process's.
+
+    SIGTERM ends them: that is how Python ends workers at exit. OpenCV would start a thread a core
+    in each worker; torch limits itself there.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if "cv2" in sys.modules:
