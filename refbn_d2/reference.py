@@ -190,8 +190,9 @@ class ReferenceBatch:
 
     def before_step(self, iteration: int) -> None:
         """To be called before the training step's forward pass."""
-        self._riding = []  # of a step that failed
-        _take_recorded(self._layers)
+        if self._riding:  # left by a step that failed
+            self._riding = []
+            _take_recorded(self._riders)
         refresh = self.options.refresh
         if refresh == "static" or iteration % self.options.refresh_period:
             return

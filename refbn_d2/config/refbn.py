@@ -4,7 +4,8 @@ import math
 import numbers
 from dataclasses import dataclass, fields
 
-GRADIENTS = ("pooled", "batch", "reference")
+from refbn_d2.layers.functional import GRADIENTS
+
 REFRESHES = ("static", "full", "slice", "ride")
 DEFAULT_REFERENCE_WEIGHT = 0.9
 
