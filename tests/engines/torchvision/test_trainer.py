@@ -1,5 +1,6 @@
 """Real training on generated pictures: what a run leaves, and that it can be taken up again."""
 
+import copy
 import json
 import os
 import re
@@ -241,7 +242,8 @@ def test_random_numbers_differ_by_seed(tiny_cfg, tmp_path):
         out = tmp_path / str(seed)
         tiny_cfg.merge_from_list(["SEED", seed, "OUTPUT_DIR", str(out)])
         trainer = Trainer(tiny_cfg, out, False, False, training=True)
-        trainer.model.load_state_dict(losses.setdefault("weights", trainer.model.state_dict()))
+        weights = losses.setdefault("weights", copy.deepcopy(trainer.model.state_dict()))
+        trainer.model.load_state_dict(weights)
         samples = losses.setdefault("samples", next(iter(trainer.loader)))
         losses[seed] = trainer._step(0, samples)[1]["loss_rpn_cls"]
     assert losses[3] != losses[4]
