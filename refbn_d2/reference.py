@@ -2,9 +2,10 @@
 
 A training loop of any engine, around its own steps::
 
-    chosen = choose(dataset_dicts, options.num_images, options.seed)
-    reference = ReferenceBatch(model, samples, forward, options, identity=identify(...))
-    reference.capture()
+    chosen, identity = select(dataset_dicts, options, "coco_2017_train")
+    samples = [mapper(dataset_dicts[i]) for i in chosen]
+    reference = ReferenceBatch(model, samples, forward, options, identity)
+    reference.begin()
     for iteration in range(max_iter):
         reference.before_step(iteration)
         losses = model(batch); losses.backward()
@@ -18,7 +19,7 @@ import logging
 import os
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,6 +109,29 @@ def find_again(identity: dict, dataset_dicts: Sequence[dict]) -> list[int]:
     return found
 
 
+def select(
+    dataset_dicts: Sequence[dict],
+    options: RefBNOptions,
+    dataset: str,
+    group_of: Callable[[dict], Hashable] = lambda dataset_dict: None,
+    identity: dict | None = None,
+) -> tuple[list[int], dict]:
+    """Indices and identity of the reference's images: chosen anew, or those that `identity` names.
+
+    Args:
+        dataset: its name, for the identity.
+        group_of: as `choose`'s.
+        identity: of a run that is resumed (its `ReferenceBatch.state_dict` will do).
+
+    Raises:
+        ValueError: there are too few images, or one of `identity` is gone or has changed.
+    """
+    if identity:
+        return find_again(identity, dataset_dicts), identity
+    chosen = choose(dataset_dicts, options.num_images, options.seed, group_of)
+    return chosen, identify(dataset, [dataset_dicts[i] for i in chosen], options.seed)
+
+
 def _fingerprint(dataset_dict: dict) -> str:
     digest = hashlib.sha256()
     with open(dataset_dict["file_name"], "rb") as file:
@@ -132,7 +156,8 @@ class ReferenceBatch:
 
     Several workers (torch.distributed) share a slice: each runs ceil(slice_size / workers) images
     of its own; a whole reference is run by every worker. Either way one all-reduce of all layers'
-    moments makes the references equal; no other step communicates.
+    moments makes the references equal; no other step communicates, but those in which a layer that
+    the reference batch did not reach (a head without RoIs) takes its first batch as reference.
 
     Args:
         model: holds the RefBatchNorm2d layers; not wrapped by DistributedDataParallel.
@@ -140,7 +165,7 @@ class ReferenceBatch:
         forward: runs the model on a list of samples (under autocast where training does). Called in
             training mode and without gradient; what it returns is dropped.
         options: see `refbn_d2.config.refbn_options`.
-        identity: what `identify` returned.
+        identity: what `select` returned.
         ride_on: the module that a slice rides in ("ride" alone): a detector's backbone, or a
             classifier itself. Its first argument is the batch (N, C, H, W), and every tensor that
             it returns has N rows.
@@ -148,7 +173,8 @@ class ReferenceBatch:
             ("ride" alone).
 
     Raises:
-        ValueError: the model has no RefBatchNorm2d, or "ride" has nothing to ride on.
+        ValueError: the model has no RefBatchNorm2d, "ride" has nothing to ride on, or workers hold
+            different reference batches.
     """
 
     def __init__(
@@ -162,12 +188,15 @@ class ReferenceBatch:
         rows: Callable[[list[Sample], Tensor], Tensor] | None = None,
     ) -> None:
         self.model, self.samples, self.forward = model, list(samples), forward
-        self.options, self.identity = options, identity
+        self.options = options
+        self.identity = {key: value for key, value in identity.items() if key != "position"}
         self.position = 0  # of the next slice
         self._layers = dict(refbn_layers(model))
         self._riders: dict[str, RefBatchNorm2d] = {}
         self._riding: list[Sample] = []
         self._beside: dict[str, Moments | None] = {}  # recorded in other layers than the riders
+        self._missed: list[RefBatchNorm2d] = []  # without a reference so far
+        _check_same_on_all_workers(identity)
         if not self._layers:
             raise ValueError("The model has no RefBatchNorm2d layer that could take a reference.")
         if options.refresh == "ride":
@@ -180,6 +209,34 @@ class ReferenceBatch:
             self._rows = rows
             ride_on.register_forward_pre_hook(self._append_rows)
             ride_on.register_forward_hook(self._drop_rows)
+
+    def begin(self) -> None:
+        """Before the first step of a run: every layer gets its reference, by options.reference.
+
+        "dataset": `capture`. "checkpoint": the layers keep the reference that a checkpoint brought
+        (a BN checkpoint's is its running statistics); those without one take the batch's.
+
+        Raises:
+            ValueError: "checkpoint", and no layer has a reference.
+        """
+        without = list(self._layers)
+        if self.options.reference == "dataset":
+            self.capture()
+        else:
+            without = [name for name, m in self._layers.items() if not m.has_reference()]
+            if len(without) == len(self._layers):
+                raise ValueError(
+                    'MODEL.REFBN.REFERENCE is "checkpoint", but no RefBN layer has got a reference:'
+                    ' name a checkpoint that has one in MODEL.WEIGHTS, or set it to "dataset".'
+                )
+            if without:
+                recorded = self._run(self.samples, "slice")  # others normalise by what they have
+                self._commit({name: recorded[name] for name in without}, captured=True)
+        logger.info(
+            "Captured the reference batch in %d of %d layers: %d images of %s, seed %d.",
+            len(without), len(self._layers), len(self.samples), self.identity["dataset"],
+            self.options.seed,
+        )  # fmt: skip
 
     def capture(self) -> None:
         """Every layer normalises the reference by the reference's own moments, and keeps them.
@@ -217,14 +274,17 @@ class ReferenceBatch:
         if self._riding:
             self._riding = []
             self._commit(self._beside | _take_recorded(self._riders))
+        if self._missed:
+            self._share_first_batches()
 
     def state_dict(self) -> dict:
         """Identity and position, in plain containers; the moments are in the model's state dict."""
         return {**self.identity, "position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take the position; the batch itself must be the one that `state` names (`find_again`)."""
+        """Take the position; the batch itself must be the one that `state` names (`select`)."""
         self.position = state["position"]
+        self._missed = [layer for layer in self._layers.values() if not layer.has_reference()]
 
     def _next_slice(self) -> list[Sample]:
         rank, workers = _rank_and_workers()
@@ -254,11 +314,26 @@ class ReferenceBatch:
                 layer.commit(moments, 1.0 if captured else self.options.slice_momentum)
         missed = [name for name, moments in zip(recorded, pooled, strict=True) if moments is None]
         if captured and missed:
+            self._missed = [m for n in missed if not (m := self._layers[n]).has_reference()]
             logger.warning(
                 "The reference batch did not reach %s (no RoIs, or not in training mode). Without "
-                "a reference a layer takes its first training batch.",
+                "a reference a layer takes its first training batch that is not empty.",
                 ", ".join(missed),
             )
+
+    def _share_first_batches(self) -> None:
+        """Layers that took their first batch as the reference take it over all workers."""
+        firsts = [
+            Moments(layer.ref_mean, layer.ref_var, int(layer.ref_count))
+            if layer.has_reference()
+            else None
+            for layer in self._missed
+        ]
+        pooled = _over_all_workers(firsts, self._missed, average_count=False)
+        for layer, moments in zip(self._missed, pooled, strict=True):
+            if moments is not None:
+                layer.commit(moments)
+        self._missed = [m for m, p in zip(self._missed, pooled, strict=True) if p is None]
 
     def _append_rows(self, module: nn.Module, args: tuple) -> tuple | None:
         if not (self._riding and module.training):
@@ -309,6 +384,26 @@ def _rank_and_workers() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def _check_same_on_all_workers(identity: dict) -> None:
+    workers = _rank_and_workers()[1]
+    if workers == 1:
+        return
+    identities: list = [None] * workers
+    dist.all_gather_object(identities, identity)
+    first = identities[0]
+    for rank, other in enumerate(identities):
+        if other == first:
+            continue
+        images = zip(other["images"], first["images"], strict=False)
+        differences = [(other[key], first[key]) for key in ("dataset", "seed")]
+        differences += [*images, (len(other["images"]), len(first["images"]))]
+        theirs, ours = next((a, b) for a, b in differences if a != b)
+        raise ValueError(
+            f"Worker {rank} has another reference batch than worker 0: {theirs} against {ours}. "
+            "All workers need the same config, datasets and files."
+        )
+
+
 def _take_recorded(layers: dict[str, RefBatchNorm2d]) -> dict[str, Moments | None]:
     recorded = {name: layer.recorded for name, layer in layers.items()}
     for layer in layers.values():
@@ -352,10 +447,8 @@ def _untouched(model: nn.Module, seed: int) -> Iterator[None]:
     """
     flags = {} if model.training else {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices), torch.no_grad():
-        torch.manual_seed(seed)
+    with seeded(seed, devices), torch.no_grad():
         try:
             if flags:
                 model.train()
@@ -365,5 +458,18 @@ def _untouched(model: nn.Module, seed: int) -> Iterator[None]:
                 module.training = flag
             for buffer, value in buffers:
                 buffer.copy_(value)
+
+
+@contextmanager
+def seeded(seed: int, devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """Python's, NumPy's and torch's (the CPU's and the devices') generators, seeded for a while."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)

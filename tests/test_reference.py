@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from refbn_d2.config import RefBNOptions
-from refbn_d2.layers import RefBatchNorm2d, refbn_layers
+from refbn_d2.layers import Moments, RefBatchNorm2d, refbn_layers
 from refbn_d2.reference import ReferenceBatch, choose, find_again, identify
 
 OPTIONS = RefBNOptions(
@@ -59,9 +59,8 @@ def make(refresh, options=OPTIONS, model=None, **changes):
     model = model or Detector()
     options = replace(options, refresh=refresh, **changes)
     samples = images(7, options.num_images)
-    return model, ReferenceBatch(
-        model, samples, model, options, {"dataset": "d"}, model.backbone, stack
-    )
+    identity = {"dataset": "d", "seed": 0, "images": []}
+    return model, ReferenceBatch(model, samples, model, options, identity, model.backbone, stack)
 
 
 def train(model, reference, steps, start=0, seen=None):
@@ -260,6 +259,41 @@ def test_layer_that_the_reference_does_not_reach_is_named(caplog):
     assert model.backbone[1].has_reference() and not model.head[1].has_reference()
 
 
+def test_begin_captures_the_dataset(caplog):
+    caplog.set_level("INFO")
+    model, reference = make("static")
+    reference.begin()
+    _, again = make("static", model=copy.deepcopy(model))
+    again.capture()
+    for (_, layer), (_, other) in zip(refbn_layers(model), refbn_layers(again.model), strict=True):
+        assert torch.equal(layer.ref_mean, other.ref_mean) and layer.ref_mean.any()
+    assert "in 2 of 2 layers: 6 images of d, seed" in caplog.text
+
+
+def test_begin_keeps_the_checkpoints_reference_and_captures_what_it_lacks():
+    model, reference = make("static", reference="checkpoint")
+    kept, fresh = model.backbone[1], model.head[1]
+    kept.commit(Moments(torch.full((4,), 0.3), torch.full((4,), 2.0), 77))
+    inputs, passes = [], []
+    fresh.register_forward_pre_hook(lambda m, args: inputs.append(args[0].transpose(0, 1)))
+    kept.register_forward_hook(lambda m, args, y: passes.append((args[0], y)))
+    reference.begin()
+    assert kept.ref_mean.eq(0.3).all() and kept.ref_var.eq(2.0).all() and kept.ref_count == 77
+    [(x, y)] = passes  # normalised by what is kept
+    torch.testing.assert_close(y, (x - 0.3) / (2.0 + 1e-5) ** 0.5)
+    seen = torch.cat([x.flatten(1) for x in inputs], 1)
+    torch.testing.assert_close(fresh.ref_mean, seen.mean(1))
+    moments = fresh.ref_mean.clone()
+    reference.begin()  # nothing is left to capture
+    assert torch.equal(fresh.ref_mean, moments) and len(passes) == 1
+
+
+def test_begin_with_a_checkpoint_that_has_no_reference():
+    _, reference = make("static", reference="checkpoint")
+    with pytest.raises(ValueError, match='REFERENCE is "checkpoint", but no RefBN layer has'):
+        reference.begin()
+
+
 # -- distributed -----------------------------------------------------------------------------------
 
 
@@ -306,6 +340,78 @@ def test_workers_agree_with_one_collective_per_refresh(tmp_path, free_port, refr
     assert a["rows"] == b["rows"] == rows
     for name, value in a["state"].items():
         assert torch.equal(value, b["state"][name]), name
+
+
+class HeadOfSome(Detector):
+    """A head that gets what the samples that are not all zero hold."""
+
+    def forward(self, images):
+        features = self.backbone(torch.stack(images))["p2"]
+        return self.head(features[torch.stack([i.abs().sum() > 0 for i in images])]).sum()
+
+
+def _worker_with_an_empty_head(rank, port, path):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = HeadOfSome()
+    nothing = [torch.zeros(3, 8, 8)] * 6
+    identity = {"dataset": "d", "seed": 0, "images": []}
+    reference = ReferenceBatch(model, nothing, model, OPTIONS, identity)
+    reference.begin()
+    inputs, references = [], []
+    layer = model.head[1]
+    layer.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
+    # None sees RoIs; worker 1 alone; both; both
+    for iteration, batch in enumerate(
+        [nothing, images(9, 3) if rank else nothing, *[images(5, 2)] * 2]
+    ):
+        reference.before_step(iteration)
+        model(batch).backward()
+        reference.after_step()
+        references.append((layer.ref_mean.clone(), layer.ref_var.clone(), int(layer.ref_count)))
+    torch.save({"inputs": inputs, "references": references}, f"{path}/{rank}.pth")
+    dist.destroy_process_group()
+
+
+def test_an_unreached_layer_takes_the_first_batch_that_is_not_empty_on_all_workers(
+    tmp_path, free_port
+):
+    mp.spawn(_worker_with_an_empty_head, args=(free_port, str(tmp_path)), nprocs=2)
+    a, b = (torch.load(tmp_path / f"{rank}.pth") for rank in range(2))
+    assert [count for *_, count in a["references"]] == [0, 192, 192, 192]  # 3 images of 8 x 8
+    for ours, theirs in zip(a["references"], b["references"], strict=True):
+        assert all(
+            torch.equal(torch.as_tensor(x), torch.as_tensor(y))
+            for x, y in zip(ours, theirs, strict=True)
+        )
+    torch.testing.assert_close(a["references"][3][0], b["inputs"][1].mean((0, 2, 3)))
+
+
+def _worker_with_other_images(rank, port, what, path):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    identity = {
+        "dataset": "mine",
+        "seed": 0,
+        "images": [{"file_name": "a.jpg", "fingerprint": "1"}],
+    }
+    if rank == 1 and what == "dataset":
+        identity["dataset"] = "other"
+    elif rank == 1:
+        identity["images"] = [{"file_name": "a.jpg", "fingerprint": "2"}]
+    model = Detector()
+    try:
+        ReferenceBatch(model, images(7, 6), model, OPTIONS, identity)
+    except ValueError as error:
+        open(f"{path}/{rank}", "w").write(str(error))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("what, named", [("dataset", "other against mine"), ("image", "'2'")])
+def test_workers_with_different_references_stop(tmp_path, free_port, what, named):
+    mp.spawn(_worker_with_other_images, args=(free_port, what, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        message = (tmp_path / str(rank)).read_text()
+        assert "Worker 1 has another reference batch than worker 0" in message and named in message
 
 
 # -- choice and identity ---------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from refbn_d2.layers.functional import GRADIENTS
 
 REFRESHES = ("static", "full", "slice", "ride")
+REFERENCES = ("dataset", "checkpoint")
 DEFAULT_REFERENCE_WEIGHT = 0.9
 
 
@@ -16,6 +17,7 @@ def add_refbn_config(cfg) -> None:
     # w in [0, 1], or "count": w = n_R / (n_R + n_B). None is 0.9: it lets number and word in.
     refbn.REFERENCE_WEIGHT = None
     refbn.GRADIENT = "batch"  # backward of the training batch: "pooled", "batch" or "reference"
+    refbn.REFERENCE = "dataset"  # captured on DATASETS.TRAIN; "checkpoint": MODEL.WEIGHTS brings it
     refbn.REFRESH = "ride"  # the reference follows the weights: "static", "full", "slice", "ride"
     refbn.REFRESH_PERIOD = 4  # steps between refreshes
     refbn.SLICE_SIZE = 8  # reference images a refresh, over all workers, for "slice" and "ride"
@@ -33,6 +35,7 @@ class RefBNOptions:
 
     reference_weight: float | str = DEFAULT_REFERENCE_WEIGHT
     gradient: str = "batch"
+    reference: str = "dataset"
     refresh: str = "ride"
     refresh_period: int = 4
     slice_size: int = 8
@@ -43,6 +46,7 @@ class RefBNOptions:
     def __post_init__(self):
         _check_weight(self.reference_weight)
         _check_choice("GRADIENT", self.gradient, GRADIENTS)
+        _check_choice("REFERENCE", self.reference, REFERENCES)
         _check_choice("REFRESH", self.refresh, REFRESHES)
         _check_int("REFRESH_PERIOD", self.refresh_period, 1)
         _check_int("SLICE_SIZE", self.slice_size, 1)

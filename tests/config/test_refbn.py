@@ -10,6 +10,7 @@ from refbn_d2.config import RefBNOptions, add_refbn_config, get_cfg, refbn_optio
 DEFAULTS = {
     "reference_weight": 0.9,
     "gradient": "batch",
+    "reference": "dataset",
     "refresh": "ride",
     "refresh_period": 4,
     "slice_size": 8,
@@ -44,11 +45,12 @@ def test_defaults_with_and_without_the_node():
 def test_values_are_read():
     got = options(
         *("MODEL.REFBN.REFERENCE_WEIGHT", "count", "MODEL.REFBN.GRADIENT", "pooled"),
+        *("MODEL.REFBN.REFERENCE", "checkpoint"),
         *("MODEL.REFBN.REFRESH", "slice", "MODEL.REFBN.REFRESH_PERIOD", 2),
         *("MODEL.REFBN.SLICE_SIZE", 16, "MODEL.REFBN.SLICE_MOMENTUM", 1),
         *("MODEL.REFBN.NUM_IMAGES", 16, "MODEL.REFBN.SEED", 5),
     )
-    assert got == RefBNOptions("count", "pooled", "slice", 2, 16, 1.0, 16, 5)
+    assert got == RefBNOptions("count", "pooled", "checkpoint", "slice", 2, 16, 1.0, 16, 5)
     with pytest.raises(dataclasses.FrozenInstanceError):
         got.seed = 1
 
@@ -68,6 +70,7 @@ def test_the_whole_range_of_weights(weight):
         ("REFERENCE_WEIGHT", True, "[0, 1]"),
         ("REFERENCE_WEIGHT", (0.9,), "[0, 1]"),
         ("GRADIENT", "exact", "'pooled' or 'batch' or 'reference'"),
+        ("REFERENCE", "coco", "'dataset' or 'checkpoint'"),
         ("REFRESH", "never", "'static' or 'full' or 'slice' or 'ride'"),
         ("REFRESH_PERIOD", 0, "1 or more"),
         ("SLICE_SIZE", 0, "1 or more"),

@@ -26,7 +26,7 @@ from refbn_d2.config.node import leaves
 from refbn_d2.layers import refbn_layers
 from refbn_d2.metrics import coco_ap
 from refbn_d2.pictures import draw_samples, plot_curves
-from refbn_d2.reference import ReferenceBatch, choose, find_again, identify, image_rows
+from refbn_d2.reference import ReferenceBatch, image_rows, select
 
 from . import distributed
 from .data import (
@@ -154,13 +154,9 @@ class Trainer:
         dicts = data.dicts
         if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
             dicts = [d for d in dicts if has_objects(d)]
-        if checkpoint:
-            identity = {k: v for k, v in checkpoint["refbn"].items() if k != "position"}
-            chosen = find_again(identity, dicts)
-        else:
-            group_of = is_landscape if cfg.DATALOADER.ASPECT_RATIO_GROUPING else lambda d: None
-            chosen = choose(dicts, options.num_images, options.seed, group_of)
-            identity = identify(names, [dicts[i] for i in chosen], options.seed)
+        group_of = is_landscape if cfg.DATALOADER.ASPECT_RATIO_GROUPING else lambda d: None
+        state = checkpoint and checkpoint["refbn"]
+        chosen, identity = select(dicts, options, names, group_of, state)
         mapper = Mapper(cfg, is_train=True)
         samples = [
             mapper(dicts[index], np.random.default_rng([options.seed, place]))
@@ -177,15 +173,11 @@ class Trainer:
             self.model, samples, forward, options, identity, self.model.backbone,
             image_rows(self.model),
         )  # fmt: skip
-        if checkpoint:
-            reference.load_state_dict(checkpoint["refbn"])
+        if state:
+            reference.load_state_dict(state)
         else:
             self.model.train()
-            reference.capture()
-            logger.info(
-                "Captured the reference batch in %d layers: %d images of %s, seed %d.",
-                len(list(refbn_layers(self.model))), len(chosen), names, options.seed,
-            )  # fmt: skip
+            reference.begin()
         return reference
 
     def train(self) -> dict:
