@@ -17,6 +17,9 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from refbn_d2.data.images import read_image
+from refbn_d2.data.masks import decode_mask, rasterize
+
 # Okabe and Ito's colours, which people with any colour vision tell apart, the first contrasting
 # most; then all of them darker. Classes beyond share colours: their labels tell them apart.
 _BRIGHT = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
@@ -281,6 +284,35 @@ def draw_samples(
     ax.set_xlim(0, width)
     ax.set_ylim(height, 0)
     _save(figure, path, dpi=_DPI)
+
+
+def sample_item(dataset_dict: dict, prediction: dict) -> tuple[np.ndarray, dict, dict]:
+    """(RGB picture, prediction, ground truth) as `draw_samples` takes them.
+
+    Args:
+        dataset_dict: in Detectron2's format, boxes as (x, y, width, height).
+        prediction: "pred_boxes" (N, 4), "scores", "pred_classes" (N,), and "pred_masks" (N, H, W)
+            where there are.
+    """
+    h, w = dataset_dict["height"], dataset_dict["width"]
+    truth = {"boxes": [], "classes": [], "masks": []}
+    for annotation in dataset_dict["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        truth["boxes"].append([x, y, x + width, y + height])
+        truth["classes"].append(annotation["category_id"])
+        if "segmentation" in annotation:
+            segmentation = annotation["segmentation"]
+            truth["masks"].append(
+                decode_mask(segmentation["counts"], h, w)
+                if isinstance(segmentation, dict)
+                else rasterize(segmentation, h, w)
+            )
+    if len(truth["masks"]) < len(truth["boxes"]):
+        del truth["masks"]
+    predicted = {
+        name.removeprefix("pred_"): value.cpu().numpy() for name, value in prediction.items()
+    }
+    return read_image(dataset_dict["file_name"], "RGB"), predicted, truth
 
 
 class _Measure:

@@ -63,6 +63,11 @@ def choose(
     return order[:num_images]
 
 
+def is_landscape(dataset_dict: dict) -> bool:
+    """The group of DATALOADER.ASPECT_RATIO_GROUPING, for `choose`."""
+    return dataset_dict["width"] > dataset_dict["height"]
+
+
 def identify(dataset: str, dataset_dicts: Sequence[dict], seed: int) -> dict:
     """The reference's name: dataset, seed, and every image's id, file and content fingerprint.
 
@@ -441,21 +446,28 @@ def _over_all_workers(
 
 @contextmanager
 def _untouched(model: nn.Module, seed: int) -> Iterator[None]:
-    """The model in training mode without gradient; flags, buffers, random states stay as they were.
+    """The model in training mode without gradient; all else of it stays as it was.
 
+    Buffers, and what modules keep as plain numbers: training flags, RetinaNet's loss normaliser.
     Seeded, so that every worker samples the same.
     """
-    flags = {} if model.training else {module: module.training for module in model.modules()}
+
+    def numbers(module: nn.Module) -> dict[str, float]:
+        return {key: value for key, value in vars(module).items() if isinstance(value, int | float)}
+
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    before = [(module, numbers(module)) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with seeded(seed, devices), torch.no_grad():
         try:
-            if flags:
+            if not model.training:
                 model.train()
             yield
         finally:
-            for module, flag in flags.items():
-                module.training = flag
+            for module, values in before:
+                for name in numbers(module).keys() - values.keys():
+                    delattr(module, name)
+                vars(module).update(values)
             for buffer, value in buffers:
                 buffer.copy_(value)
 

@@ -32,6 +32,7 @@ _SHAPES = {
     for part in (split, *(f"{split}_{domain}" for domain in shapes.DOMAINS))
 }
 _BUILTIN = _COCO | _SHAPES
+SHAPES = tuple(_SHAPES)  # names of the synthetic sets, made where they are first used
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,11 @@ def names() -> list[str]:
     return sorted(_BUILTIN | _registered)
 
 
-def get(name: str) -> Dataset:
-    """The dataset called `name`; a `shapes_*` set is made on first use.
-
-    Whether a COCO or registered dataset's files exist is for its reader to find out.
+def find(name: str) -> Dataset:
+    """Where the dataset called `name` lies. Whether its files exist is for its reader to find out.
 
     Raises:
         KeyError: no dataset has this name.
-        FileExistsError: something else lies where a `shapes_*` set belongs.
     """
     if name in _registered:
         return _registered[name]
@@ -73,9 +71,20 @@ def get(name: str) -> Dataset:
             f"no dataset is called {name!r}. Register it, by DATASETS.REGISTER (({name!r}, json, "
             f"image_root),) in the config or register_coco_instances. Known: {', '.join(names())}"
         )
-    if name in _SHAPES:
-        shapes.ensure_detection(shapes.datasets_root())
     return _builtin(name)
+
+
+def get(name: str) -> Dataset:
+    """As `find`; a `shapes_*` set is made on first use.
+
+    Raises:
+        KeyError: no dataset has this name.
+        FileExistsError: something else lies where a `shapes_*` set belongs.
+    """
+    dataset = find(name)
+    if name in SHAPES and name not in _registered:
+        shapes.ensure_detection(shapes.datasets_root())
+    return dataset
 
 
 def register_coco_instances(
@@ -102,3 +111,22 @@ def register_coco_instances(
         )
     if name not in _BUILTIN:
         _registered[name] = dataset
+
+
+def register_from_config(cfg) -> None:
+    """Registers the datasets of DATASETS.REGISTER: ((name, json file, image folder), ...).
+
+    Raises:
+        ValueError: an entry has another form, or its name is taken by other data.
+    """
+    for entry in cfg.DATASETS.REGISTER:
+        if not (
+            isinstance(entry, tuple | list)
+            and len(entry) == 3
+            and all(isinstance(part, str) and part for part in entry)
+        ):
+            raise ValueError(
+                f"DATASETS.REGISTER holds {entry!r}; each entry is "
+                '("name", "annotations.json", "image folder")'
+            )
+        register_coco_instances(*entry)

@@ -12,7 +12,15 @@ pytestmark = pytest.mark.detectron2
 
 @pytest.fixture
 def detectron2_cfg():
-    return pytest.importorskip("detectron2.config").get_cfg()
+    """Detectron2's config without this package's keys."""
+    config = pytest.importorskip("detectron2.config")
+    from refbn_d2 import plugin
+
+    plugin.unregister()
+    try:
+        return config.get_cfg()
+    finally:
+        plugin.register()
 
 
 def flat(tree, prefix=""):
@@ -42,6 +50,8 @@ def test_same_keys_values_and_types(detectron2_cfg):
 
 
 def test_own_keys_on_detectron2s_config(detectron2_cfg):
+    registered = dict(flat(pytest.importorskip("detectron2.config").get_cfg()))
+    assert registered == dict(flat(get_cfg()))
     add_refbn_config(detectron2_cfg)
     assert type(detectron2_cfg.MODEL.REFBN) is type(detectron2_cfg)
     assert refbn_options(detectron2_cfg) == refbn_options(get_cfg())

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from refbn_d2.config import get_cfg
 from refbn_d2.data import catalog, shapes
 
 
@@ -95,3 +96,13 @@ def test_builtin_names_are_taken(tmp_path):
 def test_dataset_is_frozen():
     with pytest.raises(AttributeError):
         catalog.get("coco_2017_val").name = "other"
+
+
+@pytest.mark.parametrize(
+    "entry", ["name", ("name", "a.json"), ("name", 1, "images"), ("", "a", "b")]
+)
+def test_register_entries_are_checked(entry):
+    cfg = get_cfg()
+    cfg.DATASETS.REGISTER = (entry,)
+    with pytest.raises(ValueError, match=r"DATASETS\.REGISTER holds"):
+        catalog.register_from_config(cfg)

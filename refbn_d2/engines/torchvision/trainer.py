@@ -25,8 +25,8 @@ from refbn_d2.config import ConfigError, refbn_options
 from refbn_d2.config.node import leaves
 from refbn_d2.layers import refbn_layers
 from refbn_d2.metrics import coco_ap
-from refbn_d2.pictures import draw_samples, plot_curves
-from refbn_d2.reference import ReferenceBatch, image_rows, select
+from refbn_d2.pictures import draw_samples, plot_curves, sample_item
+from refbn_d2.reference import ReferenceBatch, image_rows, is_landscape, select
 
 from . import distributed
 from .data import (
@@ -34,13 +34,9 @@ from .data import (
     Mapper,
     build_test_loader,
     build_train_loader,
-    decode_mask,
     has_objects,
-    is_landscape,
     load_test_dicts,
     load_train_dicts,
-    rasterize,
-    read_image,
 )
 from .events import WINDOW, EventWriter, setup_logging
 from .modeling import build_model
@@ -357,29 +353,6 @@ class Trainer:
                 f"it in another OUTPUT_DIR with MODEL.WEIGHTS {path}"
             )
         return checkpoint
-
-
-def sample_item(dataset_dict: dict, prediction: dict) -> tuple[np.ndarray, dict, dict]:
-    """(RGB picture, prediction, ground truth) as `pictures.draw_samples` takes them."""
-    h, w = dataset_dict["height"], dataset_dict["width"]
-    truth = {"boxes": [], "classes": [], "masks": []}
-    for annotation in dataset_dict["annotations"]:
-        x, y, width, height = annotation["bbox"]
-        truth["boxes"].append([x, y, x + width, y + height])
-        truth["classes"].append(annotation["category_id"])
-        if "segmentation" in annotation:
-            segmentation = annotation["segmentation"]
-            truth["masks"].append(
-                decode_mask(segmentation["counts"], h, w)
-                if isinstance(segmentation, dict)
-                else rasterize(segmentation, h, w)
-            )
-    if len(truth["masks"]) < len(truth["boxes"]):
-        del truth["masks"]
-    predicted = {
-        name.removeprefix("pred_"): value.cpu().numpy() for name, value in prediction.items()
-    }
-    return read_image(dataset_dict["file_name"], "RGB"), predicted, truth
 
 
 def _seed(cfg) -> int:

@@ -21,17 +21,14 @@ from refbn_d2.engines.torchvision.data.datasets import (
     load_coco_json,
     load_test_dicts,
     load_train_dicts,
-    register_from_config,
 )
-from refbn_d2.engines.torchvision.data.images import read_image
 from refbn_d2.engines.torchvision.data.loaders import (
     GroupedBatchSampler,
     build_test_loader,
     build_train_loader,
     has_objects,
-    is_landscape,
 )
-from refbn_d2.engines.torchvision.data.mapper import Mapper, decode_mask, rasterize
+from refbn_d2.engines.torchvision.data.mapper import Mapper
 from refbn_d2.engines.torchvision.data.transforms import build_augmentations
 
 __all__ = [
@@ -41,13 +38,8 @@ __all__ = [
     "build_augmentations",
     "build_test_loader",
     "build_train_loader",
-    "decode_mask",
     "has_objects",
-    "is_landscape",
     "load_coco_json",
     "load_test_dicts",
     "load_train_dicts",
-    "rasterize",
-    "read_image",
-    "register_from_config",
 ]

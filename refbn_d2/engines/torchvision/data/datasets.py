@@ -30,25 +30,6 @@ class LoadedDataset:
     json_file: Path
 
 
-def register_from_config(cfg) -> None:
-    """Registers the datasets of DATASETS.REGISTER: ((name, json file, image folder), ...).
-
-    Raises:
-        ValueError: an entry has another form, or its name is taken by other data.
-    """
-    for entry in cfg.DATASETS.REGISTER:
-        if not (
-            isinstance(entry, tuple | list)
-            and len(entry) == 3
-            and all(isinstance(part, str) and part for part in entry)
-        ):
-            raise ValueError(
-                f"DATASETS.REGISTER holds {entry!r}; each entry is "
-                '("name", "annotations.json", "image folder")'
-            )
-        catalog.register_coco_instances(*entry)
-
-
 def load_train_dicts(cfg) -> LoadedDataset:
     """Loads and joins all of DATASETS.TRAIN.
 
@@ -58,7 +39,7 @@ def load_train_dicts(cfg) -> LoadedDataset:
     """
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN = () names no training data; give it a dataset's name")
-    register_from_config(cfg)
+    catalog.register_from_config(cfg)
     parts = [_load(cfg, name) for name in cfg.DATASETS.TRAIN]
     first = parts[0]
     for other in parts[1:]:
@@ -82,7 +63,7 @@ def load_test_dicts(cfg, name: str) -> LoadedDataset:
     Raises:
         ValueError: its classes differ in number from MODEL.ROI_HEADS.NUM_CLASSES.
     """
-    register_from_config(cfg)
+    catalog.register_from_config(cfg)
     return _load(cfg, name, require_annotations=False)
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from refbn_d2.engines.torchvision.data.mapper import Mapper
+from refbn_d2.reference import is_landscape
 
 logger = logging.getLogger(__name__)
 
@@ -125,11 +126,6 @@ def build_train_loader(
 def has_objects(dataset_dict: dict) -> bool:
     """What DATALOADER.FILTER_EMPTY_ANNOTATIONS keeps: an object that is no crowd."""
     return any(not annotation.get("iscrowd") for annotation in dataset_dict["annotations"])
-
-
-def is_landscape(dataset_dict: dict) -> bool:
-    """The group of DATALOADER.ASPECT_RATIO_GROUPING."""
-    return dataset_dict["width"] > dataset_dict["height"]
 
 
 def build_test_loader(

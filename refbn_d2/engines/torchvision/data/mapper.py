@@ -1,10 +1,10 @@
 """From a dataset dict to a sample: read, augment, annotate."""
 
 import numpy as np
-import pycocotools.mask as mask_util
 import torch
 
-from refbn_d2.engines.torchvision.data.images import read_image
+from refbn_d2.data.images import read_image
+from refbn_d2.data.masks import decode_mask, rasterize
 from refbn_d2.engines.torchvision.data.transforms import (
     Resize,
     Transform,
@@ -105,35 +105,6 @@ class Mapper:
         return polygons if self.mask_format == "polygon" else rasterize(polygons, *shape)
 
 
-def decode_mask(counts: str | bytes, h: int, w: int) -> np.ndarray:
-    """Returns the uint8 (h, w) mask that COCO's run lengths describe, 1 inside.
-
-    Lengths of 0s and 1s take turns, column by column. Each is stored in characters of 5 bits,
-    lowest first, where bit 5 says that more follow and bit 4 of the last one is the sign; from
-    the fourth length on it is the difference to the last but one. pycocotools reads this too,
-    but leaves the pixels uninitialised that a broken string does not reach.
-
-    Raises:
-        ValueError: the lengths do not add up to h w.
-    """
-    codes = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8)
-    codes = codes.astype(np.int64) - 48
-    whole = len(codes) > 0 and codes.min() >= 0 and codes.max() < 64 and codes[-1] < 32
-    if whole:
-        ends = np.flatnonzero(codes < 32)
-        starts = np.concatenate([[0], ends[:-1] + 1])
-        sizes = ends - starts + 1
-        place = np.arange(len(codes)) - np.repeat(starts, sizes)
-        runs = np.add.reduceat((codes & 31) << np.minimum(5 * place, 55), starts)
-        runs -= np.where(codes[ends] & 16, 1 << np.minimum(5 * sizes, 60), 0)
-        runs[1::2] = runs[1::2].cumsum()
-        runs[2::2] = runs[2::2].cumsum()
-    if not whole or runs.min() < 0 or runs.sum() != h * w:
-        raise ValueError(f"its run lengths do not add up to its {h * w} pixels")
-    inside = (np.arange(len(runs)) % 2).astype(np.uint8)
-    return np.repeat(inside, runs).reshape(w, h).T
-
-
 def _shape_after(transform: Transform) -> tuple[int, int]:
     if isinstance(transform, Resize):
         return transform.new_h, transform.new_w
@@ -166,14 +137,6 @@ def _transform_boxes(boxes: list, transforms: list, shape: tuple[int, int]) -> n
     corners = np.concatenate([pairs.min(axis=1), pairs.max(axis=1)], axis=1)
     h, w = shape
     return np.minimum(np.maximum(corners, 0), [w, h, w, h]).astype(np.float32)
-
-
-def rasterize(polygons: list, h: int, w: int) -> np.ndarray:
-    """COCO polygons -> bool (h, w): their union."""
-    if not len(polygons):
-        return np.zeros((h, w), dtype=bool)
-    runs = mask_util.merge(mask_util.frPyObjects(polygons, h, w))
-    return np.array(decode_mask(runs["counts"], h, w), dtype=bool, order="C")
 
 
 def _has_pixels(mask) -> bool:

@@ -9,8 +9,8 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from refbn_d2.config import get_cfg
+from refbn_d2.data.masks import decode_mask
 from refbn_d2.engines.torchvision.data import Mapper
-from refbn_d2.engines.torchvision.data.mapper import decode_mask
 from refbn_d2.engines.torchvision.data.transforms import Crop, Resize
 
 H, W = 60, 84

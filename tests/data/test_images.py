@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refbn_d2.engines.torchvision.data import read_image
+from refbn_d2.data.images import read_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
