@@ -73,7 +73,7 @@ class ReferenceBatchHook(HookBase):
             TypeError: the data loader holds no dataset dicts to choose from.
         """
         trainer, options, names = self.trainer, self.options, ()
-        self._put_in_front(trainer._hooks)
+        self._put_in_front()
         model = unwrapped(trainer.model)
         if options:
             apply_options(model, options)
@@ -109,10 +109,12 @@ class ReferenceBatchHook(HookBase):
         """Go on with the reference batch that `state` names; takes effect when training starts."""
         self._state = state
 
-    def _put_in_front(self, others: list[HookBase]) -> None:
+    def _put_in_front(self) -> None:
         """Before what saves or evaluates the model; behind the timer, which is to count this."""
-        others.remove(self)
-        others.insert(int(bool(others) and isinstance(others[0], IterationTimer)), self)
+        others = [hook for hook in self.trainer._hooks if hook is not self]
+        place = int(bool(others) and isinstance(others[0], IterationTimer))
+        # A list of its own: the trainer is going through the old one.
+        self.trainer._hooks = [*others[:place], self, *others[place:]]
 
 
 def apply_options(model: nn.Module, options: RefBNOptions) -> None:

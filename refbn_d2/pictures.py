@@ -209,6 +209,8 @@ def _draw_rates(ax: Axes, rates: Mapping[str, tuple[np.ndarray, np.ndarray]]) ->
 
 # ---- samples
 
+SAMPLES_SHOWN = 8  # pictures of a test set that a run draws
+
 _TILE = 350  # pixels of an image's longer side
 _GAP, _PAIR_GAP, _MARGIN, _HEADER, _LEGEND = 8, 26, 18, 24, 34
 

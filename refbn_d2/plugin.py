@@ -51,7 +51,7 @@ _originals: dict[str, Callable] = {}  # Detectron2's own functions
 _added: weakref.WeakSet = weakref.WeakSet()  # hooks that nobody asked for
 
 
-class PluginError(RuntimeError):
+class PluginError(ImportError):
     """This Detectron2 is not one that RefBN can be registered with."""
 
 

@@ -22,7 +22,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dist-url", default="auto", help="tcp://host:port of machine 0; auto on a single machine"
     )
-    p.add_argument("--engine", choices=ENGINES, default="auto", help="auto: torchvision, so far")
+    p.add_argument(
+        "--engine", choices=ENGINES, default="auto", help="auto: Detectron2 where it imports"
+    )
     p.add_argument(
         "--allow-partial-weights", action="store_true",
         help="train although MODEL.WEIGHTS fills under 95 %% of the backbone",
@@ -37,7 +39,7 @@ def main() -> None:
     args = parser().parse_args()
     try:
         select(args.engine).run(args)
-    except (ValueError, OSError, FloatingPointError, NotImplementedError) as error:
+    except (ValueError, OSError, ArithmeticError, NotImplementedError, ImportError) as error:
         logging.getLogger("refbn_d2").debug("", exc_info=True)  # the traceback goes to log.txt
         sys.exit(f"{type(error).__name__}: {error}")
 

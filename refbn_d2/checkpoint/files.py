@@ -44,6 +44,10 @@ class CheckpointError(ValueError):
     """A checkpoint file that cannot be read, or that does not fit the model."""
 
 
+class Caffe2Checkpoint(CheckpointError):
+    """A file in Caffe2's format, which Detectron2 reads."""
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """What `load_weights` did, in the model's names."""
@@ -214,7 +218,7 @@ def _not_a_checkpoint(path: Path, why: str) -> CheckpointError:
 def _refuse_caffe2(path: Path, data: Mapping) -> None:
     names = [name for name in data if isinstance(name, str)]
     if "blobs" in data or any(re.fullmatch(r"(conv1|res\w+)_w", name) for name in names):
-        raise CheckpointError(
+        raise Caffe2Checkpoint(
             f"{path} is in Caffe2's format (MSRA's and Detectron's weights), which is not read "
             "here: use Detectron2 for it, or a checkpoint of torchvision's or Detectron2's."
         )

@@ -25,7 +25,7 @@ from refbn_d2.config import ConfigError, refbn_options
 from refbn_d2.config.node import leaves
 from refbn_d2.layers import refbn_layers
 from refbn_d2.metrics import coco_ap
-from refbn_d2.pictures import draw_samples, plot_curves, sample_item
+from refbn_d2.pictures import SAMPLES_SHOWN, draw_samples, plot_curves, sample_item
 from refbn_d2.reference import ReferenceBatch, image_rows, is_landscape, select
 
 from . import distributed
@@ -50,7 +50,6 @@ FREE_ON_RESUME = (
     "DATASETS.REGISTER", "TEST.", "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "VIS_PERIOD",
     "CUDNN_BENCHMARK",
 )  # fmt: skip
-SAMPLES_SHOWN = 8
 
 
 def main(cfg, resume: bool, eval_only: bool, allow_partial_weights: bool = False) -> dict:

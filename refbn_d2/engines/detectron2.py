@@ -1,0 +1,259 @@
+"""The engine that drives Detectron2 itself: its DefaultTrainer, with this package's outputs.
+
+Beside what Detectron2's own `tools/train_net.py` does: RefBN and its reference batch,
+DATASETS.REGISTER, `curves.png` and `samples.png`, weights that do not fit stop the run, and the CPU
+where there is no GPU.
+"""
+
+import argparse
+import functools
+import logging
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.engine import DefaultTrainer, default_setup, defaults, hooks
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+    inference_context,
+    verify_results,
+)
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from refbn_d2 import plugin
+from refbn_d2.checkpoint.files import Caffe2Checkpoint, load_checkpoint, load_weights
+from refbn_d2.config import ConfigError
+from refbn_d2.engines.torchvision.distributed import launch
+from refbn_d2.hook import unwrapped
+from refbn_d2.pictures import SAMPLES_SHOWN, draw_samples, plot_curves, sample_item
+
+logger = logging.getLogger(__name__)
+
+plugin.register()  # in spawned workers too
+
+
+def run(args: argparse.Namespace) -> None:
+    """What `tools/train_net.py` does on this engine; see its `--help` for `args`.
+
+    Raises:
+        ConfigError: a key that Detectron2 does not know, or a value of another type.
+    """
+    cfg = _config(args)
+    launch(
+        _main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url,
+        torch.device(cfg.MODEL.DEVICE).type, (cfg, args),
+    )  # fmt: skip
+
+
+def _config(args: argparse.Namespace) -> CfgNode:
+    cfg = get_cfg()
+    try:
+        cfg.merge_from_file(args.config_file)
+        cfg.merge_from_list(args.opts)
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ConfigError(f"{args.config_file} and {' '.join(args.opts)}: {error}") from error
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        logger.warning("MODEL.DEVICE is cuda, and there is none here: using the CPU.")
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
+        logger.warning("SOLVER.AMP: Detectron2 has it on CUDA alone; training in float32.")
+        cfg.SOLVER.AMP.ENABLED = False
+    cfg.freeze()
+    return cfg
+
+
+def _main(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """In every worker."""
+    _join_workers(cfg.MODEL.DEVICE, args)
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="refbn_d2")
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, args.allow_partial_weights)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = Trainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(Trainer.test_with_TTA(cfg, model))
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return
+    trainer = Trainer(cfg, args.allow_partial_weights)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+
+
+def _join_workers(device: str, args: argparse.Namespace) -> None:
+    """What Detectron2's `launch` does in a worker, beyond ours."""
+    if comm.get_world_size() == 1:
+        return
+    comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", args.num_gpus)))
+    if (
+        device == "cpu"
+    ):  # where DistributedDataParallel takes no device_ids, and Detectron2 gives some
+        defaults.create_ddp_model = functools.partial(defaults.create_ddp_model, device_ids=None)
+
+
+class Trainer(DefaultTrainer):
+    """DefaultTrainer with evaluators, pictures, and loading that fails loudly."""
+
+    def __init__(self, cfg: CfgNode, allow_partial_weights: bool = False) -> None:
+        self.allow_partial_weights = allow_partial_weights
+        super().__init__(cfg)
+
+    def build_hooks(self) -> list[hooks.HookBase]:
+        """DefaultTrainer's, around our checkpointer, and the curves."""
+        self.checkpointer = Checkpointer(
+            self.model, self.cfg.OUTPUT_DIR, self.allow_partial_weights, trainer=weakref.proxy(self)
+        )
+        built = super().build_hooks()
+        if self.cfg.TEST.AUG.ENABLED:
+            built.insert(-1, hooks.EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model)))
+        if comm.is_main_process():
+            built.append(_Curves(self.cfg.OUTPUT_DIR, self.cfg.TEST.EVAL_PERIOD))
+        return built
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
+        return build_evaluator(dataset_name, output_folder or f"{cfg.OUTPUT_DIR}/inference")
+
+    @classmethod
+    def test(
+        cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None
+    ) -> dict:
+        """As DefaultTrainer's; draws pictures of the first data set."""
+        results = super().test(cfg, model, evaluators)
+        if comm.is_main_process() and evaluators is None and cfg.DATASETS.TEST:
+            _draw_samples(cfg, unwrapped(model))
+        return results
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict:
+        """Results with test-time augmentation, "_TTA" behind each task's name."""
+        folder = f"{cfg.OUTPUT_DIR}/inference_TTA"
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, unwrapped(model)), evaluators)
+        return {f"{task}_TTA": metrics for task, metrics in results.items()}
+
+
+def build_evaluator(dataset_name: str, output_folder: str) -> DatasetEvaluator:
+    """The evaluator of a data set's type, as in Detectron2's own script.
+
+    Raises:
+        NotImplementedError: there is none for this type; names it.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    semantic = functools.partial(SemSegEvaluator, output_dir=output_folder)
+    coco = functools.partial(COCOEvaluator, output_dir=output_folder)
+    panoptic = functools.partial(COCOPanopticEvaluator, output_dir=output_folder)
+    by_kind = {
+        "coco": [coco],
+        "sem_seg": [semantic],
+        "coco_panoptic_seg": [semantic, coco, panoptic],
+        "lvis": [functools.partial(LVISEvaluator, output_dir=output_folder)],
+        "pascal_voc": [PascalVOCDetectionEvaluator],
+        "cityscapes_instance": [CityscapesInstanceEvaluator],
+        "cityscapes_sem_seg": [CityscapesSemSegEvaluator],
+    }
+    if kind not in by_kind:
+        raise NotImplementedError(
+            f"There is no evaluator for data set {dataset_name} of evaluator_type {kind!r}; known: "
+            f"{', '.join(by_kind)}. Set it with MetadataCatalog, or leave it out of DATASETS.TEST."
+        )
+    evaluators = [build(dataset_name) for build in by_kind[kind]]
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+
+class Checkpointer(DetectionCheckpointer):
+    """DetectionCheckpointer that takes torchvision's and timm's ResNets, and fails loudly.
+
+    `checkpoint.files.load_weights` says what fits, and raises where under 95 % of the backbone do.
+    """
+
+    def __init__(
+        self, model: nn.Module, save_dir: str, allow_partial: bool, **checkpointables
+    ) -> None:
+        super().__init__(model, save_dir, **checkpointables)
+        self.allow_partial = allow_partial
+
+    def _load_file(self, filename: str) -> dict:
+        self._source = filename
+        if filename.endswith(".pyth") or self._parsed_url_during_load.query:
+            return super()._load_file(filename)
+        try:
+            return load_checkpoint(filename)
+        except Caffe2Checkpoint:
+            return super()._load_file(filename)
+
+    def _load_model(self, checkpoint: dict) -> None:
+        state = checkpoint.pop("model")
+        self._convert_ndarray_to_tensor(state)
+        if checkpoint.get("matching_heuristics"):
+            of_caffe2 = checkpoint.get("__author__") == "Caffe2"
+            state = align_and_update_state_dicts(self.model.state_dict(), state, of_caffe2)
+            if of_caffe2:
+                state = _with_statistics(state)
+        load_weights(self.model, state, self._source, self.allow_partial)
+
+
+def _with_statistics(state: dict) -> dict:
+    """Caffe2's norms have weight and bias alone: their running statistics are folded in."""
+    for name in [name for name in state if name.endswith("norm.weight")]:
+        layer = name.removesuffix("weight")
+        state.setdefault(f"{layer}running_mean", torch.zeros_like(state[name]))
+        state.setdefault(f"{layer}running_var", torch.ones_like(state[name]))
+    return state
+
+
+class _Curves(hooks.HookBase):
+    """Draws curves.png out of metrics.json, where Detectron2's EvalHook has evaluated."""
+
+    def __init__(self, output_dir: str, period: int) -> None:
+        self.folder, self.period = Path(output_dir), period
+
+    def after_step(self) -> None:
+        if self.period > 0 and (self.trainer.iter + 1) % self.period == 0:
+            self.after_train()
+
+    def after_train(self) -> None:
+        try:
+            plot_curves(self.folder / "metrics.json", self.folder / "curves.png")
+        except (ValueError, FileNotFoundError) as error:  # nothing to draw yet
+            logger.warning("No curves.png: %s", error)
+
+
+def _draw_samples(cfg: CfgNode, model: nn.Module) -> None:
+    """samples.png: the first images of the first test set, predictions beside the ground truth."""
+    name, mapper = cfg.DATASETS.TEST[0], DatasetMapper(cfg, is_train=False)
+    dicts = [d for d in DatasetCatalog.get(name)[:SAMPLES_SHOWN] if "annotations" in d]
+    with inference_context(model), torch.no_grad():
+        outputs = [model([mapper(d)])[0].get("instances") for d in dicts]
+    items = [
+        sample_item(dataset_dict, _fields(instances))
+        for dataset_dict, instances in zip(dicts, outputs, strict=True)
+        if instances is not None
+    ]
+    if items:
+        names = MetadataCatalog.get(name).thing_classes
+        draw_samples(items, names, Path(cfg.OUTPUT_DIR) / "samples.png")
+
+
+def _fields(instances) -> dict:
+    fields = instances.get_fields()
+    return fields | {"pred_boxes": fields["pred_boxes"].tensor}
