@@ -47,3 +47,12 @@ def tiny_cfg(tiny_shapes, tmp_path, request):
         ]
     )  # fmt: skip
     return cfg
+
+
+@pytest.fixture
+def detectron2_cfg(tiny_cfg):
+    """`tiny_cfg` as Detectron2's own config, with this package registered."""
+    config = pytest.importorskip("detectron2.config")
+    cfg = config.get_cfg()
+    cfg.merge_from_other_cfg(config.CfgNode.load_cfg(tiny_cfg.dump()))
+    return cfg

@@ -119,7 +119,7 @@ def register_from_config(cfg) -> None:
     Raises:
         ValueError: an entry has another form, or its name is taken by other data.
     """
-    for entry in cfg.DATASETS.REGISTER:
+    for entry in cfg.DATASETS.get("REGISTER", ()):
         if not (
             isinstance(entry, tuple | list)
             and len(entry) == 3

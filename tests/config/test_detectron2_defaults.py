@@ -11,7 +11,7 @@ pytestmark = pytest.mark.detectron2
 
 
 @pytest.fixture
-def detectron2_cfg():
+def bare_cfg():
     """Detectron2's config without this package's keys."""
     config = pytest.importorskip("detectron2.config")
     from refbn_d2 import plugin
@@ -41,39 +41,39 @@ def yamls(*folders):
     pytest.skip("Detectron2 is installed without its configs")
 
 
-def test_same_keys_values_and_types(detectron2_cfg):
-    ours, theirs = dict(flat(get_cfg())), dict(flat(detectron2_cfg))
+def test_same_keys_values_and_types(bare_cfg):
+    ours, theirs = dict(flat(get_cfg())), dict(flat(bare_cfg))
     own = {k for k in ours if k.startswith("MODEL.REFBN.") or k == "DATASETS.REGISTER"}
     assert ours.keys() - theirs.keys() == own
     assert theirs.keys() <= ours.keys()
     assert {k: repr(ours[k]) for k in theirs} == {k: repr(v) for k, v in theirs.items()}
 
 
-def test_own_keys_on_detectron2s_config(detectron2_cfg):
+def test_own_keys_on_detectron2s_config(bare_cfg):
     registered = dict(flat(pytest.importorskip("detectron2.config").get_cfg()))
     assert registered == dict(flat(get_cfg()))
-    add_refbn_config(detectron2_cfg)
-    assert type(detectron2_cfg.MODEL.REFBN) is type(detectron2_cfg)
-    assert refbn_options(detectron2_cfg) == refbn_options(get_cfg())
+    add_refbn_config(bare_cfg)
+    assert type(bare_cfg.MODEL.REFBN) is type(bare_cfg)
+    assert refbn_options(bare_cfg) == refbn_options(get_cfg())
     own = {k: v for k, v in flat(get_cfg()) if "REFBN" in k or k == "DATASETS.REGISTER"}
-    assert own.items() <= dict(flat(detectron2_cfg)).items()
+    assert own.items() <= dict(flat(bare_cfg)).items()
 
 
-def test_each_engine_loads_what_the_other_dumps(detectron2_cfg, tmp_path):
+def test_each_engine_loads_what_the_other_dumps(bare_cfg, tmp_path):
     path = tmp_path / "config.yaml"
-    add_refbn_config(detectron2_cfg)
-    for writer, reader in ((detectron2_cfg, get_cfg()), (get_cfg(), detectron2_cfg)):
+    add_refbn_config(bare_cfg)
+    for writer, reader in ((bare_cfg, get_cfg()), (get_cfg(), bare_cfg)):
         path.write_text(writer.dump())
         reader.merge_from_file(str(path))
         assert yaml.safe_load(reader.dump()) == yaml.safe_load(writer.dump())
 
 
-def test_detectron2s_yamls_read_the_same(detectron2_cfg):
+def test_detectron2s_yamls_read_the_same(bare_cfg):
     paths = yamls("", "COCO-Detection", "COCO-InstanceSegmentation", "COCO-Keypoints", "Misc")
     paths = [path for path in paths if "retinanet" not in path.name.lower()]
     assert len(paths) > 30
     for path in paths:
-        ours, theirs = get_cfg(), detectron2_cfg.clone()
+        ours, theirs = get_cfg(), bare_cfg.clone()
         ours.merge_from_file(str(path))
         theirs.merge_from_file(str(path))
         assert dict(flat(theirs)).items() <= dict(flat(ours)).items(), path
