@@ -84,11 +84,17 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         file.write(text.encode())
 
 
+def remove_unfinished(folder: str | os.PathLike) -> None:
+    """Remove what runs that were killed while they wrote into `folder` left of their files."""
+    for temporary in Path(folder).glob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
 @contextmanager
 def _written_whole(path: Path) -> Iterator[BinaryIO]:
     """A temporary file beside `path`, which takes its place at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # see remove_unfinished
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -40,7 +40,7 @@ from torch import nn
 from refbn_d2 import plugin
 from refbn_d2.checkpoint.files import Caffe2Checkpoint, load_checkpoint, load_weights
 from refbn_d2.config import ConfigError
-from refbn_d2.engines.torchvision.distributed import launch
+from refbn_d2.distributed import launch
 from refbn_d2.hook import unwrapped
 from refbn_d2.pictures import SAMPLES_SHOWN, draw_samples, plot_curves, sample_item
 

@@ -6,8 +6,8 @@ import logging
 import torch
 
 from refbn_d2.config import get_cfg, refbn_options
+from refbn_d2.distributed import launch
 
-from .distributed import launch
 from .supported import check_supported
 from .trainer import main
 

@@ -42,14 +42,14 @@ class Killed(BaseException):
 
 def kill_at(monkeypatch, iteration):
     """As SIGKILL does: nothing is written any more."""
-    step = Trainer._step
+    step = Trainer.step
 
     def dying_step(self, i, samples):
         if i == iteration:
             raise Killed
         return step(self, i, samples)
 
-    monkeypatch.setattr(Trainer, "_step", dying_step)
+    monkeypatch.setattr(Trainer, "step", dying_step)
 
 
 def test_a_run_leaves_what_detectron2_users_expect(tiny_cfg):
@@ -245,7 +245,7 @@ def test_random_numbers_differ_by_seed(tiny_cfg, tmp_path):
         weights = losses.setdefault("weights", copy.deepcopy(trainer.model.state_dict()))
         trainer.model.load_state_dict(weights)
         samples = losses.setdefault("samples", next(iter(trainer.loader)))
-        losses[seed] = trainer._step(0, samples)[1]["loss_rpn_cls"]
+        losses[seed] = trainer.step(0, samples)[1]["loss_rpn_cls"]
     assert losses[3] != losses[4]
 
 
@@ -253,14 +253,14 @@ def test_random_numbers_differ_by_seed(tiny_cfg, tmp_path):
 
 
 def test_nan_loss_names_iteration_and_loss_and_keeps_the_checkpoint(tiny_cfg, monkeypatch):
-    step = Trainer._step
+    step = Trainer.step
 
     def poisoned(self, iteration, samples):
         if iteration == 5:
             self.model.proposal_generator.rpn_head.conv.weight.data.fill_(float("nan"))
         return step(self, iteration, samples)
 
-    monkeypatch.setattr(Trainer, "_step", poisoned)
+    monkeypatch.setattr(Trainer, "step", poisoned)
     with pytest.raises(FloatingPointError, match="at iteration 5: .*model_0000003.pth"):
         run(tiny_cfg)
     out = Path(tiny_cfg.OUTPUT_DIR)

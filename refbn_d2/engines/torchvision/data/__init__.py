@@ -23,7 +23,6 @@ from refbn_d2.engines.torchvision.data.datasets import (
     load_train_dicts,
 )
 from refbn_d2.engines.torchvision.data.loaders import (
-    GroupedBatchSampler,
     build_test_loader,
     build_train_loader,
     has_objects,
@@ -32,7 +31,6 @@ from refbn_d2.engines.torchvision.data.mapper import Mapper
 from refbn_d2.engines.torchvision.data.transforms import build_augmentations
 
 __all__ = [
-    "GroupedBatchSampler",
     "LoadedDataset",
     "Mapper",
     "build_augmentations",

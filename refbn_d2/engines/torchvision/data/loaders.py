@@ -1,83 +1,20 @@
-"""Batches: which images, in which order, in which process."""
+"""Batches of a detector's samples."""
 
 import logging
 import pickle
-import signal
-import sys
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
-from itertools import count, islice
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from refbn_d2.data.samplers import GroupedBatchSampler, start_worker
 from refbn_d2.engines.torchvision.data.mapper import Mapper
 from refbn_d2.reference import is_landscape
 
 logger = logging.getLogger(__name__)
-
-
-class GroupedBatchSampler(Sampler):
-    """An endless stream of shuffled batches, each of images of one group.
-
-    All epochs are one stream: images wait in their group until it has enough of them, over the
-    end of an epoch too, so none is left out. Every process makes the same stream of batches
-    and takes its share of each, hence a run does not depend on the number of processes.
-
-    Args:
-        groups: one hashable an image.
-        batch_size: over all processes; a multiple of `world_size`.
-        seed: 0 or more, the same in all processes.
-        start_batch: batches that were used before.
-
-    Yields:
-        a list of (index, draw).
-    """
-
-    def __init__(
-        self,
-        groups: Sequence[Hashable],
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start_batch: int = 0,
-    ):
-        if not len(groups):
-            raise ValueError("there is no image to draw batches from")
-        if batch_size < 1 or batch_size % world_size:
-            raise ValueError(
-                f"SOLVER.IMS_PER_BATCH = {batch_size} cannot be split evenly over {world_size} "
-                f"worker(s); allowed: {world_size}, {2 * world_size}, {3 * world_size}, ..."
-            )
-        if seed < 0:
-            raise ValueError(f"the seed of the shuffle is {seed}; allowed: 0 or more")
-        self.groups = groups
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.start_batch = start_batch
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in islice(self._batches(), self.start_batch, None):
-            yield batch[self.rank :: self.world_size]
-
-    def _batches(self) -> Iterator[list[tuple[int, int]]]:
-        waiting = defaultdict(list)
-        for draw, index in enumerate(self._indices()):
-            group = self.groups[index]
-            waiting[group].append((index, draw))
-            if len(waiting[group]) == self.batch_size:
-                yield waiting.pop(group)
-
-    def _indices(self) -> Iterator[int]:
-        for epoch in count():
-            # the trailing 1 keeps this apart from the generators of augmentations
-            rng = np.random.default_rng([self.seed, epoch, 1])
-            yield from rng.permutation(len(self.groups)).tolist()
 
 
 def build_train_loader(
@@ -158,7 +95,7 @@ def _loader(cfg, dataset: "_MappedDicts", batches) -> DataLoader:
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_as_list,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         # its own generator: making an iterator must not move the model's random numbers
         generator=torch.Generator(),
     )
@@ -166,17 +103,6 @@ def _loader(cfg, dataset: "_MappedDicts", batches) -> DataLoader:
 
 def _as_list(samples: list[dict]) -> list[dict]:
     return samples
-
-
-def _start_worker(worker: int) -> None:
-    """Ctrl-C, which a terminal sends to workers too, is the main process's.
-
-    SIGTERM ends them: that is how Python ends workers at exit. OpenCV would start a thread a core
-    in each worker; torch limits itself there.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if "cv2" in sys.modules:
-        sys.modules["cv2"].setNumThreads(0)
 
 
 class _MappedDicts(TorchDataset):

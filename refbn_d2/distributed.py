@@ -129,6 +129,16 @@ def gather(value: Any) -> list:
     return values or []
 
 
+def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model`, over several workers in DistributedDataParallel; every worker keeps its buffers."""
+    if world_size() == 1:
+        return model
+    device_ids = [torch.cuda.current_device()] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(
+        model, device_ids=device_ids, broadcast_buffers=False
+    )
+
+
 def share_buffers(model: nn.Module) -> None:
     """Every worker takes the buffers of worker 0: the running statistics that are saved."""
     if world_size() > 1:
