@@ -74,6 +74,7 @@ class ReferenceBatchHook(HookBase):
         """
         trainer, options, names = self.trainer, self.options, ()
         self._put_in_front()
+        _log_as_detectron2()
         model = unwrapped(trainer.model)
         if options:
             apply_options(model, options)
@@ -115,6 +116,15 @@ class ReferenceBatchHook(HookBase):
         place = int(bool(others) and isinstance(others[0], IterationTimer))
         # A list of its own: the trainer is going through the old one.
         self.trainer._hooks = [*others[:place], self, *others[place:]]
+
+
+def _log_as_detectron2() -> None:
+    """In scripts that have set up Detectron2's log alone, ours goes there."""
+    ours = logging.getLogger("refbn_d2")
+    if not ours.handlers:
+        for handler in logging.getLogger("detectron2").handlers:
+            ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
 
 
 def apply_options(model: nn.Module, options: RefBNOptions) -> None:

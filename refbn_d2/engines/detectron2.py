@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -41,8 +41,10 @@ from refbn_d2 import plugin
 from refbn_d2.checkpoint.files import Caffe2Checkpoint, load_checkpoint, load_weights
 from refbn_d2.config import ConfigError
 from refbn_d2.distributed import launch
+from refbn_d2.engines import FREE_ON_RESUME
 from refbn_d2.hook import unwrapped
 from refbn_d2.pictures import SAMPLES_SHOWN, draw_samples, plot_curves, sample_item
+from refbn_d2.training import check_output_dir
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ def _config(args: argparse.Namespace) -> CfgNode:
         cfg.merge_from_file(args.config_file)
         cfg.merge_from_list(args.opts)
     except (KeyError, ValueError, AssertionError) as error:
-        raise ConfigError(f"{args.config_file} and {' '.join(args.opts)}: {error}") from error
+        raise ConfigError(f"{args.config_file}, overridden by {args.opts}: {error}") from error
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         logger.warning("MODEL.DEVICE is cuda, and there is none here: using the CPU.")
         cfg.MODEL.DEVICE = "cpu"
@@ -81,7 +83,10 @@ def _config(args: argparse.Namespace) -> CfgNode:
 
 def _main(cfg: CfgNode, args: argparse.Namespace) -> None:
     """In every worker."""
-    _join_workers(cfg.MODEL.DEVICE, args)
+    join_workers(cfg.MODEL.DEVICE, args)
+    if not args.eval_only:
+        check_output_dir(cfg, args.resume, FREE_ON_RESUME)
+    comm.synchronize()  # all have read the old config.yaml
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="refbn_d2")
     if args.eval_only:
@@ -99,14 +104,12 @@ def _main(cfg: CfgNode, args: argparse.Namespace) -> None:
     trainer.train()
 
 
-def _join_workers(device: str, args: argparse.Namespace) -> None:
+def join_workers(device: str, args: argparse.Namespace) -> None:
     """What Detectron2's `launch` does in a worker, beyond ours."""
     if comm.get_world_size() == 1:
         return
     comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", args.num_gpus)))
-    if (
-        device == "cpu"
-    ):  # where DistributedDataParallel takes no device_ids, and Detectron2 gives some
+    if device == "cpu":  # DistributedDataParallel takes no device_ids there; Detectron2 gives some
         defaults.create_ddp_model = functools.partial(defaults.create_ddp_model, device_ids=None)
 
 
@@ -126,7 +129,7 @@ class Trainer(DefaultTrainer):
         if self.cfg.TEST.AUG.ENABLED:
             built.insert(-1, hooks.EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model)))
         if comm.is_main_process():
-            built.append(_Curves(self.cfg.OUTPUT_DIR, self.cfg.TEST.EVAL_PERIOD))
+            built.append(Curves(self.cfg.OUTPUT_DIR, self.cfg.TEST.EVAL_PERIOD))
         return built
 
     @classmethod
@@ -140,7 +143,8 @@ class Trainer(DefaultTrainer):
         """As DefaultTrainer's; draws pictures of the first data set."""
         results = super().test(cfg, model, evaluators)
         if comm.is_main_process() and evaluators is None and cfg.DATASETS.TEST:
-            _draw_samples(cfg, unwrapped(model))
+            mapper = DatasetMapper(cfg, is_train=False)
+            draw_predictions(unwrapped(model), cfg.DATASETS.TEST[0], mapper, cfg.OUTPUT_DIR)
         return results
 
     @classmethod
@@ -192,6 +196,17 @@ class Checkpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self.allow_partial = allow_partial
 
+    def load(self, path: str, *args, **kwargs) -> dict:
+        """As DetectionCheckpointer's.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            CheckpointError: it cannot be read, or does not fit the model.
+        """
+        if path and "://" not in path and not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: there is no such checkpoint file (MODEL.WEIGHTS).")
+        return super().load(path, *args, **kwargs)
+
     def _load_file(self, filename: str) -> dict:
         self._source = filename
         if filename.endswith(".pyth") or self._parsed_url_during_load.query:
@@ -221,7 +236,7 @@ def _with_statistics(state: dict) -> dict:
     return state
 
 
-class _Curves(hooks.HookBase):
+class Curves(hooks.HookBase):
     """Draws curves.png out of metrics.json, where Detectron2's EvalHook has evaluated."""
 
     def __init__(self, output_dir: str, period: int) -> None:
@@ -238,10 +253,14 @@ class _Curves(hooks.HookBase):
             logger.warning("No curves.png: %s", error)
 
 
-def _draw_samples(cfg: CfgNode, model: nn.Module) -> None:
-    """samples.png: the first images of the first test set, predictions beside the ground truth."""
-    name, mapper = cfg.DATASETS.TEST[0], DatasetMapper(cfg, is_train=False)
-    dicts = [d for d in DatasetCatalog.get(name)[:SAMPLES_SHOWN] if "annotations" in d]
+def draw_predictions(
+    model: nn.Module, dataset_name: str, mapper: Callable[[dict], dict], output_dir: str
+) -> None:
+    """samples.png: the first images of a test set, predictions beside the ground truth.
+
+    Nothing is drawn of data without annotations, nor of a model without instances.
+    """
+    dicts = [d for d in DatasetCatalog.get(dataset_name)[:SAMPLES_SHOWN] if "annotations" in d]
     with inference_context(model), torch.no_grad():
         outputs = [model([mapper(d)])[0].get("instances") for d in dicts]
     items = [
@@ -250,8 +269,8 @@ def _draw_samples(cfg: CfgNode, model: nn.Module) -> None:
         if instances is not None
     ]
     if items:
-        names = MetadataCatalog.get(name).thing_classes
-        draw_samples(items, names, Path(cfg.OUTPUT_DIR) / "samples.png")
+        names = MetadataCatalog.get(dataset_name).thing_classes
+        draw_samples(items, names, Path(output_dir) / "samples.png")
 
 
 def _fields(instances) -> dict:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from refbn_d2 import distributed
 from refbn_d2.checkpoint.files import load_checkpoint, load_weights, write_text
 from refbn_d2.config import ConfigError, refbn_options
+from refbn_d2.engines import FREE_ON_RESUME
 from refbn_d2.events import setup_logging
 from refbn_d2.layers import refbn_layers
 from refbn_d2.metrics import coco_ap
@@ -37,13 +38,6 @@ from .modeling import build_model
 from .solver import build_optimizer, gradient_clipper, lr_multiplier
 
 logger = logging.getLogger(__name__)
-
-# What may differ between a run and its resumption without making it another run.
-FREE_ON_RESUME = (
-    "MODEL.DEVICE", "MODEL.WEIGHTS", "OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "DATASETS.TEST",
-    "DATASETS.REGISTER", "TEST.", "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "VIS_PERIOD",
-    "CUDNN_BENCHMARK",
-)  # fmt: skip
 
 
 def main(cfg, resume: bool, eval_only: bool, allow_partial_weights: bool = False) -> dict:

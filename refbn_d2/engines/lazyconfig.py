@@ -1,0 +1,108 @@
+"""Detectron2's LazyConfig: what its `tools/lazyconfig_train_net.py` does, and what we add.
+
+That script, unmodified, trains RefBN with the defaults (`refbn_d2.env`). Here a config may hold
+
+    refbn = dict(refresh="slice", num_images=64)  # of RefBNOptions; MODEL.REFBN in lower case
+
+and the run has `curves.png` and `samples.png`, stops at weights that do not fit, and trains on the
+CPU where there is no GPU.
+"""
+
+import argparse
+import logging
+
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import AMPTrainer, SimpleTrainer, default_setup, default_writers, hooks
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from refbn_d2.config import RefBNOptions
+from refbn_d2.distributed import launch
+from refbn_d2.engines.detectron2 import Checkpointer, Curves, draw_predictions, join_workers
+from refbn_d2.hook import ReferenceBatchHook, unwrapped
+from refbn_d2.layers import refbn_layers
+
+logger = logging.getLogger(__name__)
+
+
+def run(args: argparse.Namespace) -> None:
+    """What `tools/lazyconfig_train_net.py` does; see its `--help` for `args`.
+
+    Raises:
+        ValueError: an option of `refbn` is out of range.
+        TypeError: `refbn` holds something that is no option.
+    """
+    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    if cfg.train.device == "cuda" and not torch.cuda.is_available():
+        logger.warning("train.device is cuda, and there is none here: using the CPU.")
+        cfg.train.device = "cpu"
+    _options(cfg)
+    launch(
+        _main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url,
+        torch.device(cfg.train.device).type, (cfg, args),
+    )  # fmt: skip
+
+
+def _options(cfg: DictConfig) -> RefBNOptions | None:
+    return RefBNOptions(**OmegaConf.to_container(cfg.refbn)) if "refbn" in cfg else None
+
+
+def _main(cfg: DictConfig, args: argparse.Namespace) -> None:
+    """In every worker."""
+    join_workers(cfg.train.device, args)
+    default_setup(cfg, args)
+    setup_logger(cfg.train.output_dir, comm.get_rank(), name="refbn_d2")
+    model = instantiate(cfg.model).to(cfg.train.device)
+    if args.eval_only:
+        model = create_ddp_model(model)
+        checkpointer = Checkpointer(model, "", args.allow_partial_weights)
+        checkpointer.load(cfg.train.init_checkpoint)
+        _evaluate(cfg, model)
+    else:
+        _train(cfg, args, model)
+
+
+def _train(cfg: DictConfig, args: argparse.Namespace, model: nn.Module) -> None:
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    loader = instantiate(cfg.dataloader.train)
+    model = create_ddp_model(model, **cfg.train.ddp)
+    trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
+    checkpointer = Checkpointer(
+        model, cfg.train.output_dir, args.allow_partial_weights, trainer=trainer
+    )
+    used = [
+        hooks.IterationTimer(),
+        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        hooks.EvalHook(cfg.train.eval_period, lambda: _evaluate(cfg, model)),
+    ]
+    if any(True for _ in refbn_layers(model)):
+        used.append(ReferenceBatchHook(_options(cfg)))
+    if comm.is_main_process():
+        # Saved before an evaluation that may fail; written behind it, with its results.
+        used.insert(2, hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer))
+        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
+        used.append(hooks.PeriodicWriter(writers, period=cfg.train.log_period))
+        used.append(Curves(cfg.train.output_dir, cfg.train.eval_period))
+    trainer.register_hooks(used)
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+    resumed = args.resume and checkpointer.has_checkpoint()
+    trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
+
+
+def _evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:
+    if "evaluator" not in cfg.dataloader:
+        return None
+    test = cfg.dataloader.test
+    results = inference_on_dataset(model, instantiate(test), instantiate(cfg.dataloader.evaluator))
+    print_csv_format(results)
+    if comm.is_main_process():
+        names = test.dataset.names
+        name = names if isinstance(names, str) else names[0]
+        draw_predictions(unwrapped(model), name, instantiate(test.mapper), cfg.train.output_dir)
+    return results

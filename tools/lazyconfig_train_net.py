@@ -1,0 +1,21 @@
+#!/usr/bin/env python
+"""Train or evaluate a detector out of a LazyConfig (.py) of Detectron2, which this needs."""
+
+import argparse
+
+from refbn_d2.arguments import default_argument_parser, run_or_exit
+
+
+def run(args: argparse.Namespace) -> None:
+    from refbn_d2.engines import lazyconfig
+
+    lazyconfig.run(args)
+
+
+if __name__ == "__main__":
+    p = default_argument_parser(__doc__)
+    p.add_argument(
+        "--allow-partial-weights", action="store_true",
+        help="train although train.init_checkpoint fills under 95 %% of the backbone",
+    )  # fmt: skip
+    run_or_exit(run, p.parse_args())
