@@ -1,6 +1,7 @@
 """The engine's R-CNN against Detectron2's own, with the same weights on the same images."""
 
 import functools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from refbn_d2.engines.torchvision.modeling.masks import mask_targets, paste_mask
 
 pytestmark = pytest.mark.detectron2
 
+CONFIGS = Path(__file__).parents[3] / "configs"
 K = 5
 FPN = [
     "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone",
@@ -70,11 +72,26 @@ DC5 = [
     "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1,
     "MODEL.ROI_MASK_HEAD.NORM", "GN",
 ]  # fmt: skip
+FEW = [
+    "MODEL.WEIGHTS", "",
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN", 200, "MODEL.RPN.PRE_NMS_TOPK_TEST", 150,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN", 100, "MODEL.RPN.POST_NMS_TOPK_TEST", 60,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 48,
+]  # fmt: skip
 MODELS = {
+    # The configs that this package ships, at their full size
+    "faster_r50_refbn": ["COCO-Detection/faster_rcnn_R_50_FPN_1x_refbn.yaml", *FEW],
+    "mask_r50_refbn": ["COCO-Norms/mask_rcnn_R_50_FPN_4conv1fc_1x_refbn.yaml", *FEW],
+    "mask_r50_frozenbn": ["COCO-Norms/mask_rcnn_R_50_FPN_4conv1fc_1x_frozenbn_backbone.yaml", *FEW],
+    # Smaller ones, of other values
     "faster_fpn": FPN,
     "mask_fpn": MASK,
     "mask_fpn_bn_avg": [
         *MASK, "MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "BN", "MODEL.FPN.FUSE_TYPE", "avg",
+    ],
+    "mask_fpn_refbn": [
+        *MASK, "MODEL.RESNETS.NORM", "RefBN", "MODEL.FPN.NORM", "RefBN",
+        "MODEL.ROI_MASK_HEAD.NORM", "RefBN", "MODEL.BACKBONE.FREEZE_AT", 0,
     ],
     "mask_c4": C4,
     "faster_c4_basic_blocks": [
@@ -98,7 +115,9 @@ def configs(overrides):
     common += ["MODEL.PIXEL_STD", [57.375, 57.12, 58.395]]
     pair = get_cfg(), get_detectron2_cfg()
     for cfg in pair:
-        cfg.merge_from_list([*common, *overrides])
+        if overrides[0].endswith(".yaml"):
+            cfg.merge_from_file(str(CONFIGS / overrides[0]))
+        cfg.merge_from_list([*common, *(o for o in overrides if not str(o).endswith(".yaml"))])
     return pair
 
 
@@ -138,6 +157,23 @@ def weights_of_many_detections(name):
             layers[key].weight *= spreads[key] / torch.cat([y.flatten() for y in seen]).std()
         for hook in hooks:
             hook.remove()
+    return model.state_dict()
+
+
+def trained_weights(name):
+    """What 60 steps of SGD on the three images leave: the losses are half of what they were."""
+    torch.manual_seed(0)
+    model = fresh(name)[0].train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    totals = []
+    for _ in range(60):
+        total = sum(model(make_samples()).values())
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        totals.append(total.item())
+    assert totals[-1] < totals[0] / 2
     return model.state_dict()
 
 
@@ -227,36 +263,53 @@ def close(first, second, tolerance):
 
 @pytest.mark.parametrize("models", MODELS, indirect=True)
 def test_detections_are_detectron2s(models):
-    ours, theirs = (model.eval() for model in models)
-    samples = make_samples()
+    check_detections(*models)
+    # The comparison is worth something: many detections of several classes and scores.
     with torch.no_grad():
-        images = theirs.preprocess_image(samples)
-        batch, sizes = ours.preprocess_image(samples)
-        close(batch, images.tensor, 0)
-        assert sizes == images.image_sizes
-        features = theirs.backbone(images.tensor)
-        for name, value in ours.backbone(batch).items():
-            close(value, features[name], 1e-5)
-        proposals, _ = theirs.proposal_generator(images, features)
-        for mine, his in zip(
-            ours.proposal_generator(features, torch.tensor(sizes).float())[0],
-            proposals,
-            strict=True,
-        ):
-            close(mine, his.proposal_boxes.tensor, 1e-4)
-        expected = [output["instances"] for output in theirs(samples)]
-        detections = ours(samples)
+        found = models[0](make_samples())
+    assert all(f["pred_masks"].sum() > 5000 for f in found if "pred_masks" in f)
+    scores = torch.cat([f["scores"] for f in found])
+    classes = torch.cat([f["pred_classes"] for f in found])
+    assert len(scores) > 40 and scores.std() > 0.01 and len(classes.unique()) > 2
+
+
+def test_detections_of_a_trained_model_are_detectron2s():
+    pair, weights = fresh("mask_fpn_refbn"), trained_weights("mask_fpn_refbn")
+    for model in pair:
+        model.load_state_dict(weights, strict=True)
+    check_detections(*pair)
+    assert max(found["scores"].max() for found in pair[0](make_samples())) > 0.5
+
+
+@torch.no_grad()
+def check_detections(ours, theirs):
+    """Proposals, boxes, scores, classes and pasted masks of both models in eval mode."""
+    ours.eval()
+    theirs.eval()
+    samples = make_samples()
+    images = theirs.preprocess_image(samples)
+    batch, sizes = ours.preprocess_image(samples)
+    close(batch, images.tensor, 0)
+    assert sizes == images.image_sizes
+    features = theirs.backbone(images.tensor)
+    for name, value in ours.backbone(batch).items():
+        close(value, features[name], 1e-5)
+    proposals, _ = theirs.proposal_generator(images, features)
+    for mine, his in zip(
+        ours.proposal_generator(features, torch.tensor(sizes).float())[0],
+        proposals,
+        strict=True,
+    ):
+        close(mine, his.proposal_boxes.tensor, 1e-4)
+    expected = [output["instances"] for output in theirs(samples)]
+    detections = ours(samples)
     for found, instances in zip(detections, expected, strict=True):
         close(found["scores"], instances.scores, 1e-5)
         close(found["pred_boxes"], instances.pred_boxes.tensor, 1e-4)
         assert found["pred_classes"].equal(instances.pred_classes)
         if instances.has("pred_masks"):
             assert found["pred_masks"].equal(instances.pred_masks)
-            assert instances.pred_masks.sum() > 5000
-    # The comparison is worth something: many detections of several classes and scores.
-    scores = torch.cat([instances.scores for instances in expected])
-    classes = torch.cat([instances.pred_classes for instances in expected])
-    assert len(scores) > 40 and scores.std() > 0.01 and len(classes.unique()) > 2
+            assert instances.pred_masks.any()
 
 
 @pytest.mark.parametrize(
