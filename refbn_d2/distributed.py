@@ -1,5 +1,6 @@
 """Worker processes: started by --num-gpus, by several machines, or by torchrun."""
 
+import logging
 import os
 import signal
 import socket
@@ -10,6 +11,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+def available_device(device: str) -> str:
+    """`device`, or "cpu" with a warning for a "cuda" that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        logger.warning("MODEL.DEVICE is cuda, and there is none here: using the CPU.")
+        return "cpu"
+    return device
 
 
 def launch(

@@ -83,13 +83,14 @@ class EventWriter:
         left = (self._max_iter - iteration - 1) * self._history["time"].global_avg()
         scalars = {"eta_seconds": left, "lr": lr, **scalars}
         self.write_results(iteration, scalars)
-        losses = "  ".join(f"{n}: {v:.4g}" for n, v in scalars.items() if "loss" in n)
-        self._bar.set_postfix_str(losses, refresh=False)
+        shown = [name for name in self._history if name not in ("time", "data_time")]
+        measured = "  ".join(f"{name}: {scalars[name]:.4g}" for name in shown)
+        self._bar.set_postfix_str(measured, refresh=False)
         memory = ""
         if torch.cuda.is_available():
             memory = f"  max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M"
         line = (
-            f"eta: {timedelta(seconds=int(left))}  iter: {iteration}  {losses}  "
+            f"eta: {timedelta(seconds=int(left))}  iter: {iteration}  {measured}  "
             f"time: {scalars['time']:.4f}  data_time: {scalars['data_time']:.4f}  "
             f"lr: {lr:.5g}{memory}"
         )

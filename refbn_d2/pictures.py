@@ -5,6 +5,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -44,15 +45,21 @@ def _save(figure: Figure, path: str | os.PathLike, **options) -> None:
 
 # ---- curves
 
+_LOSS = re.compile(r"(total_loss|loss.*|.*/loss)")
 _AP = re.compile(r"(.*)\b(AP|AP50|AP75)")
+_ACCURACY = re.compile(r"(.*)\b(top1|top5)")
+_STYLES = {  # width and dashes
+    "AP": (2.2, "-"), "AP50": (1.1, "--"), "AP75": (1.1, ":"),
+    "top1": (2.2, "-"), "top5": (1.1, "--"),
+}  # fmt: skip
 
 
 def plot_curves(metrics_json: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Losses, average precision and learning rate over the iterations, side by side in one PNG.
+    """Losses, average precision or accuracy, and learning rate over the iterations, in one PNG.
 
-    Of what a run logged, "total_loss" and "loss*", "<task>/AP", AP50, AP75 and "lr" are drawn; a
-    panel without values is left out. nan interrupts a line. Losses show as logged (faint) and
-    smoothed.
+    Of what a run logged, "total_loss", "loss*" and "<set>/loss", "<task>/AP", AP50, AP75,
+    "<set>/top1", top5, and "lr" are drawn; a panel without values is left out. nan interrupts a
+    line. What is measured in training shows as logged (faint) and smoothed.
 
     Args:
         metrics_json: Detectron2's metrics.json: a JSON object a line, each with "iteration". Lines
@@ -65,21 +72,20 @@ def plot_curves(metrics_json: str | os.PathLike, path: str | os.PathLike) -> Non
         ValueError: another line than the last is not JSON, or there is nothing to draw.
     """
     curves = _read_curves(Path(metrics_json))
-    losses = {name: c for name, c in curves.items() if re.match(r"total_loss$|loss", name)}
-    precisions = {name: c for name, c in curves.items() if _AP.fullmatch(name)}
-    rates = {name: c for name, c in curves.items() if name == "lr"}
     panels = [
         (draw, width, chosen)
-        for draw, width, chosen in (
-            (_draw_losses, 6.2, losses),
-            (_draw_precisions, 4.6, precisions),
-            (_draw_rates, 3.4, rates),
+        for draw, width, pattern in (
+            (_draw_losses, 6.2, _LOSS),
+            (partial(_draw_metrics, "Average precision (%)", _AP), 4.6, _AP),
+            (partial(_draw_metrics, "Accuracy (%)", _ACCURACY), 4.6, _ACCURACY),
+            (_draw_rates, 3.4, re.compile("lr")),
         )
-        if chosen
+        if (chosen := {name: c for name, c in curves.items() if pattern.fullmatch(name)})
     ]
     if not panels:
         raise ValueError(
-            f"{metrics_json} has nothing to draw: no losses, AP or learning rate over iterations."
+            f"{metrics_json} has nothing to draw: no losses, AP, accuracy or learning rate over "
+            "iterations."
         )
     widths = [width for _, width, _ in panels]
     figure = Figure(figsize=(sum(widths), 3.9), layout="constrained")
@@ -151,6 +157,14 @@ def _line(ax: Axes, x: np.ndarray, y: np.ndarray, **style) -> None:
     ax.plot(x, y, solid_capstyle="round", **style)
 
 
+def _noisy_line(ax: Axes, x: np.ndarray, y: np.ndarray, **style) -> None:
+    """A smoothed line before a faint one of the values themselves, unless they are few."""
+    if len(y) > _FEW:
+        ax.plot(x, y, color=style["color"], linewidth=0.8, alpha=0.25)
+        y = _smooth(y)
+    _line(ax, x, y, **style)
+
+
 def _draw_losses(ax: Axes, losses: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
     _style(ax, "Loss")
     names = sorted(losses, key=lambda name: (name != "total_loss", name))
@@ -159,11 +173,8 @@ def _draw_losses(ax: Axes, losses: Mapping[str, tuple[np.ndarray, np.ndarray]]) 
         x, y = losses[name]
         total = name == "total_loss"
         style = {"color": _INK if total else next(colors), "linewidth": 2.2 if total else 1.6}
-        label = "total" if total else name.removeprefix("loss_")
-        if len(y) > _FEW:
-            ax.plot(x, y, color=style["color"], linewidth=0.8, alpha=0.25)
-            y = _smooth(y)
-        _line(ax, x, y, label=label, **style)
+        label = "total" if total else name.removeprefix("loss_").replace("/", " ")
+        _noisy_line(ax, x, y, label=label, **style)
     if all((y[np.isfinite(y)] > 0).all() for _, y in losses.values()):
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -174,25 +185,23 @@ def _draw_losses(ax: Axes, losses: Mapping[str, tuple[np.ndarray, np.ndarray]]) 
     )
 
 
-def _draw_precisions(ax: Axes, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    _style(ax, "Average precision (%)")
-    tasks = list(dict.fromkeys(_AP.fullmatch(name)[1] for name in curves))
-    styles = {"AP": (2.2, "-"), "AP50": (1.1, "--"), "AP75": (1.1, ":")}
+def _draw_metrics(
+    title: str,
+    pattern: re.Pattern,
+    ax: Axes,
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
+) -> None:
+    """What `pattern` splits into task and metric: a colour for each task."""
+    _style(ax, title)
+    tasks = list(dict.fromkeys(pattern.fullmatch(name)[1] for name in curves))
     for task, color in zip(tasks, COLORS * len(tasks), strict=False):
-        for metric, (width, dashes) in styles.items():
+        for metric, (width, dashes) in _STYLES.items():
             if task + metric in curves:
                 x, y = curves[task + metric]
                 label = (task + metric).replace("/", " ")
-                last = y[np.isfinite(y)][-1]
-                _line(
-                    ax,
-                    x,
-                    y,
-                    color=color,
-                    linewidth=width,
-                    linestyle=dashes,
-                    label=f"{label}  {last:.1f}",
-                )
+                draw = _noisy_line if task == "train/" else _line
+                style = {"color": color, "linewidth": width, "linestyle": dashes}
+                draw(ax, x, y, label=f"{label}  {y[np.isfinite(y)][-1]:.1f}", **style)
     ax.set_ylim(bottom=0)
     ax.legend(
         loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize=8.5, labelcolor=_INK

@@ -20,7 +20,8 @@ import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,8 @@ def is_landscape(dataset_dict: dict) -> bool:
 def identify(dataset: str, dataset_dicts: Sequence[dict], seed: int) -> dict:
     """The reference's name: dataset, seed, and every image's id, file and content fingerprint.
 
-    Plain containers, for the checkpoint. Reads every image file once.
+    Plain containers, for the checkpoint. Reads every image file once: "file_name", or what "read"
+    returns, where an image's dict holds such a function (an image in a tar file).
     """
     images = [
         {
@@ -96,12 +98,11 @@ def find_again(identity: dict, dataset_dicts: Sequence[dict]) -> list[int]:
     found = []
     for image in identity["images"]:
         name = f"image {image['image_id']} ({image['file_name']}) of {identity['dataset']}"
-        there = [
-            index
-            for index in places[image["image_id"], image["file_name"]]
-            if os.path.exists(dataset_dicts[index]["file_name"])
-        ]
-        same = [i for i in there if _fingerprint(dataset_dicts[i]) == image["fingerprint"]]
+        there = {}
+        for index in places[image["image_id"], image["file_name"]]:
+            with suppress(FileNotFoundError):
+                there[index] = _fingerprint(dataset_dicts[index])
+        same = [i for i, fingerprint in there.items() if fingerprint == image["fingerprint"]]
         if same:
             found.append(same[0])
             continue
@@ -138,9 +139,8 @@ def select(
 
 
 def _fingerprint(dataset_dict: dict) -> str:
-    digest = hashlib.sha256()
-    with open(dataset_dict["file_name"], "rb") as file:
-        digest.update(file.read())
+    read = dataset_dict.get("read", Path(dataset_dict["file_name"]).read_bytes)
+    digest = hashlib.sha256(read())
     annotations = dataset_dict.get("annotations", dataset_dict.get("label"))
     digest.update(json.dumps(annotations, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]

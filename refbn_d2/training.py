@@ -121,7 +121,7 @@ class TrainingLoop(ABC):
                     if report:
                         writer.write(iteration, lr)
                 if last or stopping or (iteration + 1) % self.checkpoint_period == 0:
-                    self._save(iteration, "model_final" if last else f"model_{iteration:07d}")
+                    self.save(iteration, "model_final" if last else f"model_{iteration:07d}")
                 if stopping and not last:
                     logger.warning(
                         "Interrupted after iteration %d; its checkpoint is written. Go on with "
@@ -136,16 +136,17 @@ class TrainingLoop(ABC):
                     results = self.evaluate()
                     self.model.train()
                     if main_process:
-                        self._show(writer, iteration, results)
+                        self.show(writer, iteration, results)
         if self.start_iteration >= self.max_iter:  # all but the last evaluation was done
             results = self.evaluate()
             if main_process:
-                self._show(writer, self.max_iter - 1, results)
+                self.show(writer, self.max_iter - 1, results)
         if main_process:
             writer.close()
         return results
 
-    def _show(self, writer: EventWriter, iteration: int, results: dict) -> None:
+    def show(self, writer: EventWriter, iteration: int, results: dict) -> None:
+        """What is left of an evaluation on disk; called on worker 0."""
         if results:
             writer.write_results(iteration, self.scalars(results))
         try:
@@ -153,7 +154,8 @@ class TrainingLoop(ABC):
         except ValueError as error:  # nothing to draw yet
             logger.warning("No curves.png: %s", error)
 
-    def _save(self, iteration: int, name: str) -> None:
+    def save(self, iteration: int, name: str) -> None:
+        """Write a checkpoint, from worker 0."""
         if distributed.rank() != 0:
             return
         state = {**self.state_dict(), "iteration": iteration}
@@ -165,7 +167,7 @@ class TrainingLoop(ABC):
         return FloatingPointError(
             f"The loss became infinite or NaN at iteration {iteration}: {what}. Lower "
             "SOLVER.BASE_LR or lengthen the warmup. Last good checkpoint: "
-            f"{_last_checkpoint_name(self.output_dir) or 'none yet'}."
+            f"{last_checkpoint_name(self.output_dir) or 'none yet'}."
         )
 
 
@@ -184,7 +186,7 @@ def check_output_dir(cfg, resume: bool, free_on_resume: tuple[str, ...]) -> None
     """
     output_dir = Path(cfg.OUTPUT_DIR)
     output_dir.mkdir(parents=True, exist_ok=True)
-    if _last_checkpoint_name(output_dir) is None:
+    if last_checkpoint_name(output_dir) is None:
         return
     if not resume:
         raise FileExistsError(
@@ -212,7 +214,7 @@ def last_checkpoint(output_dir: Path) -> dict | None:
     Raises:
         ValueError: it cannot be read, or another program wrote it.
     """
-    name = _last_checkpoint_name(output_dir)
+    name = last_checkpoint_name(output_dir)
     if name is None:
         logger.warning("--resume: %s holds no checkpoint yet; starting anew.", output_dir)
         return None
@@ -228,7 +230,8 @@ def last_checkpoint(output_dir: Path) -> dict | None:
     return checkpoint
 
 
-def _last_checkpoint_name(output_dir: Path) -> str | None:
+def last_checkpoint_name(output_dir: Path) -> str | None:
+    """Name of the checkpoint that was written last, or None."""
     try:
         return (output_dir / "last_checkpoint").read_text().strip()
     except FileNotFoundError:
@@ -238,7 +241,9 @@ def _last_checkpoint_name(output_dir: Path) -> str | None:
 def seed_everything(*entropy: int) -> None:
     """Python's, NumPy's and torch's generators, as a function of `entropy`."""
     (seed,) = np.random.SeedSequence(entropy).generate_state(1).tolist()
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes as long as a small image
+    if torch.cuda.is_initialized():  # not in data loading workers
+        torch.cuda.manual_seed_all(seed)
     random.seed(seed)
     np.random.seed(seed)
 

@@ -55,11 +55,24 @@ def test_all_panels(tmp_path):
         (["segm/AP", "segm/AP50"], 4.6),
         (["lr"], 3.4),
         (["lr", "loss_x"], 9.6),
+        (["val/top1", "val/top5"], 4.6),
+        (["total_loss", "val/loss", "train/top1", "lr"], 14.2),
     ],
 )
 def test_panels_without_values_are_left_out(tmp_path, keys, width):
     plot_curves(write(tmp_path / "m.json", records(30, keys)), tmp_path / "c.png")
     assert read(tmp_path / "c.png").shape[1] == round(130 * width)
+
+
+def test_accuracies(tmp_path):
+    """A colour for each set of images; in training as logged (pale) and smooth."""
+    data = records(100, ["train/top1", "train/top5", "val/top1"])
+    plot_curves(write(tmp_path / "m.json", data), tmp_path / "c.png")
+    picture = read(tmp_path / "c.png")
+    assert count(picture, RGB[0]) > 100 and count(picture, RGB[1]) > 100
+    assert not count(picture, RGB[2])
+    pale = np.array(RGB[0]) * 0.25 + 255 * 0.75
+    assert (np.abs(picture - pale).max(axis=2) < 3).sum() > 20
 
 
 @pytest.mark.parametrize("n", [1, 2, 21])

@@ -464,6 +464,20 @@ def test_joined_datasets_may_share_ids_and_names(dataset_dicts, tmp_path):
     assert find_again(identity, both) == [3, 10]
 
 
+def test_images_that_are_no_files_of_their_own(dataset_dicts):
+    """Such as those in a tar file: their dicts bring a function that reads."""
+    contents = {i: b"%d" % i for i in range(4)}
+    packed = [
+        {"image_id": i, "file_name": f"a/{i}.png", "label": 7, "read": lambda i=i: contents[i]}
+        for i in range(4)
+    ]
+    identity = identify("tar", [packed[3], packed[1]], seed=0)
+    assert find_again(identity, packed) == [3, 1]
+    contents[1] = b"other"
+    with pytest.raises(ValueError, match=r"image 1 \(1.png\) of tar has changed"):
+        find_again(identity, packed)
+
+
 def test_backbone_without_refbn_carries_no_riders():
     model, _ = make("ride")
     model.backbone[1] = nn.BatchNorm2d(4)

@@ -27,6 +27,12 @@ class CfgNode(_CfgNode):
     """
 
     FREE = "__free__"  # full keys that take any type, since their default is None
+    # What to do about a key that is not known, and about code.
+    UNKNOWN_KEY = (
+        "If it belongs to an architecture or project of Detectron2's that is not built here, "
+        + OTHER_ENGINE
+    )
+    CODE = f"Write the value out, or {OTHER_ENGINE}"
 
     def __init__(self, init_dict=None, key_list=None, new_allowed=False):
         super().__init__(init_dict, key_list, new_allowed)
@@ -93,7 +99,7 @@ class CfgNode(_CfgNode):
             raise ConfigError(f"config file {filename} holds {holds}, not `KEY: value` lines")
         code = [f"{key}: {value}" for key, value in leaves(content) if _is_code(value)]
         if code:
-            raise ConfigError(_code_message(filename, code, content))
+            raise ConfigError(f"{_code_message(filename, code, content)}. {cls.CODE}")
 
     def _merge(self, pairs, source: str) -> None:
         """Sets all (full key, raw value) pairs, or none of them and raises one ConfigError."""
@@ -146,10 +152,7 @@ class CfgNode(_CfgNode):
     def _unknown(self, key: str) -> str:
         close = difflib.get_close_matches(key, [k for k, _ in leaves(self)], n=1, cutoff=0.6)
         hint = f"did you mean {close[0]}? " if close else ""
-        return (
-            f"{key}: no such key; {hint}If it belongs to an architecture or project of "
-            f"Detectron2's that is not built here, {OTHER_ENGINE}"
-        )
+        return f"{key}: no such key; {hint}{self.UNKNOWN_KEY}"
 
 
 def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -187,5 +190,5 @@ def _code_message(filename: str, code: list[str], content: dict) -> str:
     for_whom = f" (MODEL.META_ARCHITECTURE = {architecture!r})" if architecture else ""
     return (
         f"config file {filename}{for_whom}: {'; '.join(code)}: code in YAML is not run here, plain "
-        f"values are supported. Write the value out, or {OTHER_ENGINE}"
+        "values are supported"
     )

@@ -13,6 +13,13 @@ DEFAULT_REFERENCE_WEIGHT = 0.9
 
 def add_refbn_config(cfg) -> None:
     """Adds MODEL.REFBN and DATASETS.REGISTER to `cfg`, Detectron2's CfgNode or ours, in place."""
+    add_refbn_model_config(cfg)
+    # One's own data in COCO's format: ((name, json file, image folder), ...)
+    cfg.DATASETS.REGISTER = ()
+
+
+def add_refbn_model_config(cfg) -> None:
+    """Adds MODEL.REFBN to `cfg`, in place."""
     refbn = cfg.MODEL.REFBN = type(cfg)()
     # w in [0, 1], or "count": w = n_R / (n_R + n_B). None is 0.9: it lets number and word in.
     refbn.REFERENCE_WEIGHT = None
@@ -24,9 +31,6 @@ def add_refbn_config(cfg) -> None:
     refbn.SLICE_MOMENTUM = 0.25  # weight of a slice's moments in their moving average, (0, 1]
     refbn.NUM_IMAGES = 32  # size of the reference batch
     refbn.SEED = 0  # which images, and which augmentations of them, are the reference batch
-
-    # One's own data in COCO's format: ((name, json file, image folder), ...)
-    cfg.DATASETS.REGISTER = ()
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ class GroupedBatchSampler(Sampler):
         batch_size: over all processes; a multiple of `world_size`.
         seed: 0 or more, the same in all processes.
         start_batch: batches that were used before.
+        repeats: times that an image comes in a row (repeated augmentation, Hoffer et al. 2020,
+            "Augment your batch").
 
     Yields:
         a list of (index, draw).
@@ -35,6 +37,7 @@ class GroupedBatchSampler(Sampler):
         rank: int = 0,
         world_size: int = 1,
         start_batch: int = 0,
+        repeats: int = 1,
     ):
         if not len(groups):
             raise ValueError("there is no image to draw batches from")
@@ -51,6 +54,7 @@ class GroupedBatchSampler(Sampler):
         self.rank = rank
         self.world_size = world_size
         self.start_batch = start_batch
+        self.repeats = repeats
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for batch in islice(self._batches(), self.start_batch, None):
@@ -68,7 +72,7 @@ class GroupedBatchSampler(Sampler):
         for epoch in count():
             # the trailing 1 keeps this apart from the generators of augmentations
             rng = np.random.default_rng([self.seed, epoch, 1])
-            yield from rng.permutation(len(self.groups)).tolist()
+            yield from rng.permutation(len(self.groups)).repeat(self.repeats).tolist()
 
 
 def start_worker(worker: int) -> None:

@@ -330,6 +330,12 @@ def draw_classification(
     return Scene(_photograph(rng, image, domain), [label], [mask > 0], domain)
 
 
+def domain_of(file_name: str) -> str | None:
+    """The domain that a file of `make_classification` is of, or None for another's file."""
+    domain = Path(file_name).stem.rpartition("_")[2]
+    return domain if domain in DOMAINS else None
+
+
 def datasets_root() -> Path:
     """Where datasets live: the environment's DETECTRON2_DATASETS, "./datasets" by default."""
     return Path(os.environ.get("DETECTRON2_DATASETS") or "datasets")

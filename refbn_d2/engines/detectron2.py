@@ -40,7 +40,7 @@ from torch import nn
 from refbn_d2 import plugin
 from refbn_d2.checkpoint.files import Caffe2Checkpoint, load_checkpoint, load_weights
 from refbn_d2.config import ConfigError
-from refbn_d2.distributed import launch
+from refbn_d2.distributed import available_device, launch
 from refbn_d2.engines import FREE_ON_RESUME
 from refbn_d2.hook import unwrapped
 from refbn_d2.pictures import SAMPLES_SHOWN, draw_samples, plot_curves, sample_item
@@ -71,9 +71,7 @@ def _config(args: argparse.Namespace) -> CfgNode:
         cfg.merge_from_list(args.opts)
     except (KeyError, ValueError, AssertionError) as error:
         raise ConfigError(f"{args.config_file}, overridden by {args.opts}: {error}") from error
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        logger.warning("MODEL.DEVICE is cuda, and there is none here: using the CPU.")
-        cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
     if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
         logger.warning("SOLVER.AMP: Detectron2 has it on CUDA alone; training in float32.")
         cfg.SOLVER.AMP.ENABLED = False

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from .ref_batch_norm import Moments, RefBatchNorm2d
+from .ref_batch_norm import Moments, RefBatchNorm2d, refbn_layers
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +64,13 @@ def convert_to_refbn(
         return refbn.train(norm.training)
 
     left = [
-        name for name, m in model.named_modules() if isinstance(m, _BATCH_NORMS) and not _is_norm(m)
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, _BATCH_NORMS) and not isinstance(m, RefBatchNorm2d) and not _is_norm(m)
     ]
     if left:
         logger.warning("Not converted to RefBatchNorm2d: %s", ", ".join(left))
-    return _replace(model, convert)
+    return replace_modules(model, convert)
 
 
 def convert_from_refbn(
@@ -77,7 +79,8 @@ def convert_from_refbn(
     """Replace every RefBatchNorm2d in `model` by a `norm`; in eval mode the outputs are the same.
 
     In place but for the root: use the return value. For BatchNorm, parameters and running
-    statistics stay the same objects; FrozenBatchNorm2d gets copies.
+    statistics stay the same objects; FrozenBatchNorm2d gets copies. Left alone, with a warning:
+    subclasses with a forward of their own.
 
     Args:
         norm: nn.BatchNorm2d, nn.SyncBatchNorm, or torchvision's or Detectron2's FrozenBatchNorm2d.
@@ -87,7 +90,7 @@ def convert_from_refbn(
     """
 
     def convert(refbn: nn.Module) -> nn.Module | None:
-        if not isinstance(refbn, RefBatchNorm2d):
+        if not isinstance(refbn, RefBatchNorm2d) or not _is_norm(refbn):
             return None
         new = norm(refbn.num_features, eps=refbn.eps)
         if _is_frozen(new):
@@ -106,7 +109,10 @@ def convert_from_refbn(
             )
         return new.train(refbn.training)
 
-    return _replace(model, convert)
+    left = [name for name, m in refbn_layers(model) if not _is_norm(m)]
+    if left:
+        logger.warning("Not converted from RefBatchNorm2d: %s", ", ".join(left))
+    return replace_modules(model, convert)
 
 
 def _is_frozen(module: nn.Module) -> bool:
@@ -137,8 +143,13 @@ def _share_statistics(source: nn.Module, target: nn.Module) -> None:
         target.num_batches_tracked = source.num_batches_tracked
 
 
-def _replace(model: nn.Module, convert: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
-    """Put `convert(m)` wherever a module m stands, one for one where m is shared; None keeps m."""
+def replace_modules(
+    model: nn.Module, convert: Callable[[nn.Module], nn.Module | None]
+) -> nn.Module:
+    """Put `convert(m)` wherever a module m stands, one for one where m is shared; None keeps m.
+
+    In place but for the root: use the return value.
+    """
     new = {m: c for m in model.modules() if (c := convert(m)) is not None}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
@@ -196,7 +207,7 @@ def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
             if conv is not None and _is_foldable(conv, model):
                 _fuse(conv, norm)
                 folded.add(norm)
-    model = _replace(model, lambda m: nn.Identity() if m in folded else None)
+    model = replace_modules(model, lambda m: nn.Identity() if m in folded else None)
     left = [name for name, m in model.named_modules() if _is_norm(m) or isinstance(m, _BATCH_NORMS)]
     logger.info(
         "Folded %d norms into convolutions%s",

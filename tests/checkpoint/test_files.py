@@ -3,6 +3,8 @@ import logging
 import os
 import pickle
 import re
+import subprocess
+import sys
 from collections import OrderedDict
 
 import numpy as np
@@ -15,6 +17,7 @@ from refbn_d2.checkpoint.files import (
     CheckpointError,
     load_checkpoint,
     load_weights,
+    remove_unfinished,
     save_checkpoint,
     write_text,
 )
@@ -75,6 +78,25 @@ def test_a_failure_leaves_the_old_file_alone(tmp_path, name):
         save_checkpoint({"model": state(1), "hook": lambda: None}, tmp_path / name)
     assert os.listdir(tmp_path) == [name]
     assert_same(load_checkpoint(tmp_path / name)["model"], state(0))
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    """By a process that is killed in the middle of a file, really."""
+    code = """
+import os, sys
+from refbn_d2.checkpoint.files import _written_whole
+from pathlib import Path
+with _written_whole(Path(sys.argv[1])) as file:
+    file.write(b"half")
+    os.kill(os.getpid(), 9)
+"""
+    write_text(tmp_path / "model.pth", "whole")
+    command = [sys.executable, "-c", code, str(tmp_path / "model.pth")]
+    assert subprocess.run(command).returncode == -9
+    assert len(os.listdir(tmp_path)) == 2
+    remove_unfinished(tmp_path)
+    assert os.listdir(tmp_path) == ["model.pth"]
+    assert (tmp_path / "model.pth").read_text() == "whole"
 
 
 def test_a_text_is_written_whole(tmp_path):

@@ -72,6 +72,13 @@ def test_it_goes_on_where_it_stopped(start):
     assert batches(resumed, 60 - start) == whole[start:]
 
 
+def test_repeats():
+    plain = batches(GroupedBatchSampler([0] * 5, 1, seed=2), 10)
+    got = batches(GroupedBatchSampler([0] * 5, 6, seed=2, repeats=3), 5)
+    assert [i for batch in got for i, _ in batch] == [i for ((i, _),) in plain for _ in range(3)]
+    assert [draw for batch in got for _, draw in batch] == list(range(30))  # augmented by this
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match=r"IMS_PER_BATCH = 6 .* over 4 worker.*4, 8, 12"):
         GroupedBatchSampler([0], 6, seed=0, world_size=4)

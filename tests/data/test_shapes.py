@@ -438,6 +438,15 @@ def test_classification_object_is_large_and_near_the_middle():
         )
 
 
+def test_a_classification_files_name_tells_its_domain(tmp_path):
+    folder = shapes.make_classification(tmp_path, size=32, num_train=84, num_val=1)
+    names = sorted(path.name for path in folder.glob("train/*/*"))
+    turns = [shapes.domain_of(f"some/where/{name}") for name in names[::12]]
+    assert turns == list(shapes.DOMAINS)
+    for other in ("n01440764_10026.JPEG", "plain_7.png", "a_plains.png"):
+        assert shapes.domain_of(other) is None
+
+
 # Command line
 
 

@@ -223,6 +223,22 @@ def test_other_norms_are_left_alone(caplog):
     assert caplog.messages == ["Not converted to RefBatchNorm2d: fused, stateless"]
 
 
+class RefBNAndActivation(RefBatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_a_refbn_that_does_more_is_left_alone(caplog):
+    """A plain BatchNorm in its place would not do it."""
+    model = nn.ModuleDict({"fused": RefBNAndActivation(3), "plain": RefBatchNorm2d(3)})
+    fused = model["fused"]
+    convert_to_refbn(model)
+    assert model["fused"] is fused and not caplog.messages
+    convert_from_refbn(model)
+    assert model["fused"] is fused and type(model["plain"]) is nn.BatchNorm2d
+    assert caplog.messages == ["Not converted from RefBatchNorm2d: fused"]
+
+
 def test_bad_settings_are_refused_and_nothing_is_converted():
     model = resnet()
     for settings in ({"reference_weight": 2}, {"gradient": "none"}):

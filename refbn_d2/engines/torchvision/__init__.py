@@ -1,17 +1,12 @@
 """The engine for machines without Detectron2: its numerics and names on torchvision's operators."""
 
 import argparse
-import logging
-
-import torch
 
 from refbn_d2.config import get_cfg, refbn_options
-from refbn_d2.distributed import launch
+from refbn_d2.distributed import available_device, launch
 
 from .supported import check_supported
 from .trainer import main
-
-logger = logging.getLogger(__name__)
 
 
 def run(args: argparse.Namespace):
@@ -21,9 +16,7 @@ def run(args: argparse.Namespace):
     cfg.merge_from_list(args.opts)
     check_supported(cfg)
     refbn_options(cfg)
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        logger.warning("MODEL.DEVICE is cuda, and there is none here: using the CPU.")
-        cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
     cfg.freeze()
     return launch(
         main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, cfg.MODEL.DEVICE,
