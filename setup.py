@@ -18,6 +18,7 @@ setup(
         "tensorboard>=2.21,<3",
         "tqdm>=4.67,<5",
         "pyyaml>=6.0,<7",
+        "timm>=1.0.31,<2",
     ],
     extras_require={
         "test": [
@@ -27,7 +28,7 @@ setup(
             "onnxruntime>=1.32,<2",
             "onnxscript>=0.7,<1",
             "safetensors>=0.8,<1",
-            "timm>=1.0.31,<2",
+            "webdataset>=1.0.2,<2",
         ],
     },
 )

@@ -1,0 +1,210 @@
+"""The config of `tools/pretrain_imagenet.py`: Detectron2's names for what it has, else timm's."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from refbn_d2.config.node import CfgNode, ConfigError, leaves
+from refbn_d2.config.refbn import add_refbn_model_config
+
+
+class PretrainCfgNode(CfgNode):
+    """A config tree for pretraining, with no other engine to send people to."""
+
+    UNKNOWN_KEY = "docs/pretraining.md says where all keys are."
+    CODE = "Write the value out"
+
+
+def get_pretrain_cfg() -> CfgNode:
+    """Returns a new config with every key of pretraining and its default."""
+    cfg = PretrainCfgNode()
+    cfg.OUTPUT_DIR = "./output"  # logs, checkpoints and the backbone go here
+    cfg.SEED = -1  # negative: another one each run
+    cfg.CUDNN_BENCHMARK = True  # let cuDNN time its algorithms
+    _add_model(cfg)
+    _add_data(cfg)
+    _add_solver(cfg)
+    cfg.leave_unset_keys_free()
+    return cfg
+
+
+def _add_model(cfg: CfgNode) -> None:
+    model = cfg.MODEL = PretrainCfgNode()
+    model.NAME = "resnet50"  # of timm's models, one with BatchNorm
+    model.NORM = "RefBN"  # what stands in BatchNorm's place: "RefBN", "BN", "SyncBN" or "GN"
+    model.NUM_CLASSES = 0  # 0: as many as the data has; else it must have that many
+    model.DROP_RATE = 0.0  # dropout before the classifier
+    model.DROP_PATH_RATE = 0.0  # stochastic depth, rate of the last block
+    model.WEIGHTS = ""  # checkpoint to start from, or to evaluate
+    model.DEVICE = "cuda"  # or "cpu"
+    model.CHANNELS_LAST = True  # memory format
+    model.COMPILE = False  # torch.compile
+    model.PIXEL_MEAN = [123.675, 116.28, 103.53]  # of 0-255 values, RGB
+    model.PIXEL_STD = [58.395, 57.12, 57.375]
+    model.EMA = PretrainCfgNode()  # moving average of all weights; validated and written too
+    model.EMA.ENABLED = False
+    model.EMA.DECAY = 0.9998  # per step
+    model.EMA.WARMUP = False  # a lower decay in the beginning
+    add_refbn_model_config(cfg)
+
+
+def _add_data(cfg: CfgNode) -> None:
+    datasets = cfg.DATASETS = PretrainCfgNode()
+    # Folder of the data, from $DETECTRON2_DATASETS (./datasets) on. "": the embedded shapes.
+    datasets.ROOT = ""
+    datasets.TRAIN = (
+        "train"  # in it: a folder of classes, a tar, or shards ("train-{000..127}.tar")
+    )
+    datasets.TEST = "val"  # likewise
+
+    inputs = cfg.INPUT = PretrainCfgNode()
+    inputs.SIZE = 224  # side in training, pixels
+    inputs.SIZE_TEST = 224
+    inputs.CROP_PCT = 0.875  # of the shorter side, kept in validation
+    inputs.SCALE = (0.08, 1.0)  # area of random resized crops
+    inputs.RATIO = (3 / 4, 4 / 3)  # their width / height
+    inputs.INTERPOLATION = "bilinear"  # or "bicubic", ...; "random" in training
+    inputs.RANDOM_FLIP = "horizontal"  # every second image; or "none"
+    inputs.COLOR_JITTER = 0.4  # brightness, contrast, saturation; not where AUTO_AUGMENT is set
+    inputs.AUTO_AUGMENT = ""  # timm's notation, "rand-m7-mstd0.5-inc1"; "": none
+    inputs.RANDOM_ERASING = 0.0  # probability
+    inputs.MIXUP_ALPHA = 0.0  # 0: none
+    inputs.CUTMIX_ALPHA = 0.0  # 0: none; both: they take turns by MIXUP_SWITCH_PROB
+    inputs.MIXUP_PROB = 1.0  # of a batch to be mixed
+    inputs.MIXUP_SWITCH_PROB = 0.5  # of cutmix
+    inputs.MIXUP_MODE = "batch"  # drawn anew for each "batch", "pair" or "elem"
+    inputs.MIXUP_OFF_EPOCH = 0  # from here on none; 0: never off
+
+    loader = cfg.DATALOADER = PretrainCfgNode()
+    loader.NUM_WORKERS = 4  # processes that read images, for each GPU; 0: none besides
+    loader.AUG_REPEATS = 1  # times that an image comes in a row, each time augmented anew
+    # What makes a batch: "iid"; "domain": one photometric domain of the shapes; "class": one group
+    # of classes that follow each other.
+    loader.BATCH_COMPOSITION = "iid"
+    loader.CLASSES_PER_BATCH = 10  # with "class"
+    loader.MAX_UNREADABLE = 0.001  # share of the images that may be broken; they are skipped
+
+
+def _add_solver(cfg: CfgNode) -> None:
+    solver = cfg.SOLVER = PretrainCfgNode()
+    solver.EPOCHS = 90
+    solver.IMS_PER_BATCH = 256  # images a step, over all workers and accumulated parts
+    solver.GRAD_ACCUM_STEPS = 1  # parts that a worker runs its share of a batch in
+    solver.OPTIMIZER = "sgd"  # timm's name; its sgd is Nesterov's, "momentum" is plain
+    solver.BASE_LR = 0.1  # after the warmup
+    solver.MOMENTUM = 0.9
+    solver.OPT_KWARGS = ()  # what else the optimizer takes: (("eps", 1e-6), ...)
+    solver.WEIGHT_DECAY = 0.0001  # not for norms and biases
+    solver.LR_SCHEDULER_NAME = "cosine"  # timm's names: or "multistep", "tanh", "constant"
+    solver.BASE_LR_END = 0.0  # where schedules without steps end
+    solver.DECAY_MILESTONES = (30, 60, 80)  # epochs, of "multistep"
+    solver.GAMMA = 0.1  # on the rate at each of them
+    solver.WARMUP_EPOCHS = 5.0  # of EPOCHS; linear, from WARMUP_LR
+    solver.WARMUP_LR = 0.0
+    solver.LOSS = "ce"  # cross entropy, or "bce": binary cross entropy of each class
+    solver.LABEL_SMOOTHING = 0.0
+    solver.BCE_TARGET_THRESH = None  # "bce": mixed targets above become 1, others 0; None: stay
+    solver.CLIP_GRAD = 0.0  # norm of the whole gradient at most; 0: any
+    solver.AMP = PretrainCfgNode()
+    solver.AMP.ENABLED = False  # automatic mixed precision, in validation too
+    solver.AMP.DTYPE = "bfloat16"  # or "float16" on CUDA, with loss scaling
+    solver.CHECKPOINT_PERIOD = 5000  # steps; the last checkpoint is kept, and the best
+
+    cfg.TEST = PretrainCfgNode()
+    cfg.TEST.VAL_INTERVAL = 1  # epochs between validations; 0: only at the end
+
+
+# ---- what the keys may hold
+
+
+def _check(allowed: str, test: Callable[[Any], bool], *keys: str) -> dict[str, tuple]:
+    return {key: (allowed, test) for key in keys}
+
+
+def _one_of(*choices: str) -> tuple[str, Callable[[Any], bool]]:
+    return " or ".join(map(repr, choices)), lambda value: value in choices
+
+
+def _at_least(least: float) -> tuple[str, Callable[[Any], bool]]:
+    return f"{least} or more", lambda value: least <= value < math.inf
+
+
+def _is_range(value: Any) -> bool:
+    return len(value) == 2 and 0 < value[0] <= value[1] < math.inf
+
+
+_ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **_check(*_one_of("RefBN", "BN", "SyncBN", "GN"), "MODEL.NORM"),
+    **_check(*_one_of("cuda", "cpu"), "MODEL.DEVICE"),
+    **_check(*_one_of("horizontal", "none"), "INPUT.RANDOM_FLIP"),
+    **_check(*_one_of("cosine", "multistep", "tanh", "constant"), "SOLVER.LR_SCHEDULER_NAME"),
+    **_check(*_one_of("bilinear", "bicubic", "lanczos", "random"), "INPUT.INTERPOLATION"),
+    **_check(*_one_of("batch", "pair", "elem"), "INPUT.MIXUP_MODE"),
+    **_check(*_one_of("iid", "domain", "class"), "DATALOADER.BATCH_COMPOSITION"),
+    **_check(*_one_of("ce", "bce"), "SOLVER.LOSS"),
+    **_check(*_one_of("bfloat16", "float16"), "SOLVER.AMP.DTYPE"),
+    **_check(*_at_least(32), "INPUT.SIZE", "INPUT.SIZE_TEST"),
+    **_check(
+        *_at_least(1), "DATALOADER.AUG_REPEATS", "DATALOADER.CLASSES_PER_BATCH", "SOLVER.EPOCHS",
+        "SOLVER.IMS_PER_BATCH", "SOLVER.GRAD_ACCUM_STEPS", "SOLVER.CHECKPOINT_PERIOD",
+    ),
+    **_check(
+        *_at_least(0), "MODEL.NUM_CLASSES", "INPUT.COLOR_JITTER", "INPUT.MIXUP_ALPHA",
+        "INPUT.CUTMIX_ALPHA", "INPUT.MIXUP_OFF_EPOCH", "DATALOADER.NUM_WORKERS", "SOLVER.MOMENTUM",
+        "SOLVER.WEIGHT_DECAY", "SOLVER.BASE_LR_END", "SOLVER.WARMUP_EPOCHS", "SOLVER.WARMUP_LR",
+        "SOLVER.CLIP_GRAD", "TEST.VAL_INTERVAL",
+    ),
+    **_check(
+        "a number in [0, 1)", lambda value: 0 <= value < 1, "MODEL.DROP_RATE",
+        "MODEL.DROP_PATH_RATE", "DATALOADER.MAX_UNREADABLE", "SOLVER.LABEL_SMOOTHING",
+    ),
+    **_check(
+        "a number in [0, 1]", lambda value: 0 <= value <= 1, "MODEL.EMA.DECAY",
+        "INPUT.RANDOM_ERASING", "INPUT.MIXUP_PROB", "INPUT.MIXUP_SWITCH_PROB",
+    ),
+    **_check("a number in (0, 1]", lambda value: 0 < value <= 1, "INPUT.CROP_PCT", "SOLVER.GAMMA"),
+    **_check("a number above 0", lambda value: 0 < value < math.inf, "SOLVER.BASE_LR"),
+    **_check("two numbers above 0, ascending", _is_range, "INPUT.SCALE", "INPUT.RATIO"),
+    **_check("3 numbers", lambda value: len(value) == 3, "MODEL.PIXEL_MEAN"),
+    **_check(
+        "3 numbers above 0", lambda value: len(value) == 3 and min(value) > 0, "MODEL.PIXEL_STD"
+    ),
+    **_check(
+        "epochs, ascending", lambda value: list(value) == sorted(value), "SOLVER.DECAY_MILESTONES"
+    ),
+    **_check(
+        "None or a number in [0, 1)", lambda value: value is None or 0 <= value < 1,
+        "SOLVER.BCE_TARGET_THRESH",
+    ),
+}  # fmt: skip
+
+
+def check_pretrain_config(cfg: CfgNode) -> None:
+    """Returns if every key holds what it may, for itself and with the others.
+
+    Raises:
+        ConfigError: lists all that do not, each with its value and what is allowed.
+    """
+    values = dict(leaves(cfg))
+    problems = []
+    for key, (allowed, test) in _ALLOWED.items():
+        try:
+            fits = test(values[key])
+        except TypeError:  # a word where a number belongs
+            fits = False
+        if not fits:
+            problems.append(f"{key} = {values[key]!r}; allowed: {allowed}")
+    problems = problems or [f"{key} = {values[key]!r}; {why}" for key, why in _misfits(cfg)]
+    if problems:
+        raise ConfigError("\n  ".join(["values that cannot be used:", *problems]))
+
+
+def _misfits(cfg: CfgNode):
+    """Yields (key, why) where values that are allowed do not fit together."""
+    solver = cfg.SOLVER
+    if solver.WARMUP_EPOCHS >= solver.EPOCHS:
+        yield "SOLVER.WARMUP_EPOCHS", f"allowed: less than SOLVER.EPOCHS = {solver.EPOCHS}"
+    if solver.AMP.ENABLED and solver.AMP.DTYPE == "float16" and cfg.MODEL.DEVICE == "cpu":
+        yield "SOLVER.AMP.DTYPE", "allowed on the CPU: 'bfloat16'"
+    if solver.BCE_TARGET_THRESH is not None and solver.LOSS != "bce":
+        yield "SOLVER.BCE_TARGET_THRESH", "allowed with SOLVER.LOSS 'ce': None"

@@ -1,0 +1,121 @@
+"""Classifiers out of timm, with the norm that MODEL.NORM names in BatchNorm's place."""
+
+import difflib
+import logging
+
+import timm
+import torch
+from timm.layers import BatchNormAct2d, GroupNormAct, convert_sync_batchnorm
+from torch import Tensor, nn
+
+from refbn_d2.config import ConfigError, refbn_options
+from refbn_d2.layers import RefBatchNorm2d, convert_to_refbn
+from refbn_d2.layers.conversion import replace_modules
+
+logger = logging.getLogger(__name__)
+
+GN_GROUPS = 32  # as in Detectron2
+
+
+class RefBatchNormAct2d(RefBatchNorm2d):
+    """act(drop(RefBatchNorm2d(x))): timm's BatchNormAct2d, with RefBN's and the same state."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+def build_model(cfg, num_classes: int) -> nn.Module:
+    """timm's MODEL.NAME with `num_classes` outputs and the norm MODEL.NORM, randomly initialised.
+
+    Raises:
+        ConfigError: timm has no such model; it has no BatchNorm2d, or cannot take the norm or a
+            drop rate.
+        ValueError: a key of MODEL.REFBN holds what it may not.
+    """
+    name, norm = cfg.MODEL.NAME, cfg.MODEL.NORM
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(close)}? " if close else ""
+        raise ConfigError(
+            f"MODEL.NAME = {name!r}: timm {timm.__version__} has no such model; {hint}"
+            "timm.list_models() has them all"
+        )
+    rates = {"drop_rate": cfg.MODEL.DROP_RATE, "drop_path_rate": cfg.MODEL.DROP_PATH_RATE}
+    try:
+        model = timm.create_model(
+            name, num_classes=num_classes, **{key: rate or None for key, rate in rates.items()}
+        )
+    except TypeError as error:  # a rate that it does not know
+        raise ConfigError(f"MODEL.NAME = {name!r} does not take MODEL.DROP_*: {error}") from error
+    if not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        raise ConfigError(
+            f"MODEL.NAME = {name!r} has no BatchNorm2d that MODEL.NORM = {norm!r} could stand for; "
+            "use a model with BatchNorm, as resnet50"
+        )
+    if norm == "RefBN":
+        return _with_refbn(model, refbn_options(cfg))
+    if norm == "GN":
+        return replace_modules(model, _group_norm)
+    if norm == "SyncBN":
+        if cfg.MODEL.DEVICE == "cuda":
+            return convert_sync_batchnorm(model)
+        logger.warning("MODEL.NORM SyncBN is BN on the CPU: torch has no synchronised one there.")
+    return model
+
+
+def _with_refbn(model: nn.Module, options) -> nn.Module:
+    def convert(norm: nn.Module) -> nn.Module | None:
+        if not isinstance(norm, BatchNormAct2d):
+            return None
+        refbn = RefBatchNormAct2d(
+            norm.num_features, norm.eps, norm.momentum, norm.affine, options.reference_weight,
+            options.gradient,
+        )  # fmt: skip
+        refbn.weight, refbn.bias = norm.weight, norm.bias  # as initialised
+        refbn.drop, refbn.act = norm.drop, norm.act
+        return refbn
+
+    model = replace_modules(model, convert)
+    return convert_to_refbn(model, options.reference_weight, options.gradient)
+
+
+def _group_norm(norm: nn.Module) -> nn.Module | None:
+    if not isinstance(norm, nn.BatchNorm2d):
+        return None
+    channels = norm.num_features
+    if channels % GN_GROUPS:
+        raise ConfigError(
+            f"MODEL.NORM = 'GN': a layer of {channels} channels cannot be split into {GN_GROUPS} "
+            "groups; use another norm or another model"
+        )
+    if isinstance(norm, BatchNormAct2d):
+        new = GroupNormAct(channels, GN_GROUPS, apply_act=False)
+        new.drop, new.act = norm.drop, norm.act
+    else:
+        new = nn.GroupNorm(GN_GROUPS, channels)
+    new.weight, new.bias = norm.weight, norm.bias  # as initialised: zero at a block's end
+    return new
+
+
+def classifier_weight(model: nn.Module) -> tuple[str, Tensor]:
+    """Name and value (num_classes, features) of the last linear layer's weight."""
+    layer = model.get_classifier()
+    name = next(name for name, module in model.named_modules() if module is layer)
+    return f"{name}.weight", layer.weight
+
+
+def check_num_classes(model: nn.Module, state: dict[str, torch.Tensor], source: object) -> None:
+    """Returns if the checkpoint's classifier has as many classes as the model's, or none.
+
+    Raises:
+        ConfigError: it has another number; `source` says which file it is.
+    """
+    name, weight = classifier_weight(model)
+    if name in state and len(state[name]) != len(weight):
+        raise ConfigError(
+            f"{source} was trained on {len(state[name])} classes, and the data under DATASETS.ROOT "
+            f"has {len(weight)}: use the data that it was trained on"
+        )
