@@ -19,6 +19,7 @@ setup(
         "tqdm>=4.67,<5",
         "pyyaml>=6.0,<7",
         "timm>=1.0.31,<2",
+        "safetensors>=0.8,<1",
     ],
     extras_require={
         "test": [
@@ -27,7 +28,6 @@ setup(
             "onnx>=1.23,<2",
             "onnxruntime>=1.32,<2",
             "onnxscript>=0.7,<1",
-            "safetensors>=0.8,<1",
             "webdataset>=1.0.2,<2",
         ],
     },

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .names import backbone_prefix, to_detectron2
+from .names import backbone_prefix, resnet_name, to_detectron2
+from .resnets import ResNet, which_resnet
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +30,13 @@ logger = logging.getLogger(__name__)
 MIN_BACKBONE_FILLED = 0.95
 
 # Where training loops put the weights, in the order of preference; the others stay in the rest.
-_WRAPPERS = ("model", "state_dict", "model_state", "model_ema", "state_dict_ema", "ema")
+WRAPPERS = ("model", "state_dict", "model_state", "model_ema", "state_dict_ema", "ema")
 _PARALLEL_PREFIX = re.compile(r"(module\.|_orig_mod\.)+")
 
 # State beside the weights that one kind of norm has and another lacks: neither is an error.
 _BOOKKEEPING = re.compile(r"(.*\.)?(num_batches_tracked|ref_mean|ref_var|ref_count)")
 # In old Detectron2 checkpoints, since then made from the config; a classifier behind a backbone.
-_EXPENDABLE = re.compile(r"pixel_(mean|std)|.*anchor_generator\.cell_anchors\..*")
+EXPENDABLE = re.compile(r"pixel_(mean|std)|.*anchor_generator\.cell_anchors\..*")
 _CLASSIFIER = re.compile(r"(backbone\.)?(bottom_up\.)?(stem\.)?(linear|fc)\.\w+")
 
 _LEGACY_TORCH = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how torch < 1.6 begins a file
@@ -59,29 +61,58 @@ class LoadReport:
 
 
 def save_checkpoint(obj: dict, path: str | os.PathLike) -> None:
-    """Write `obj` to `path`: by torch.save, or for `.pkl` in Detectron2's format.
+    """Write `obj` to `path`: by torch.save, for `.pkl` in Detectron2's format, or `.safetensors`.
 
-    The file appears whole, or what stood there stays. Folders are made. For `.pkl`, "model" becomes
-    arrays, and the rest must be plain containers, or `load_checkpoint` refuses it.
+    The file appears whole, or what stood there stays. Folders are made. For `.pkl`, tensors become
+    arrays, and the rest must be plain containers, or `load_checkpoint` refuses it. A `.safetensors`
+    holds a state dict and nothing else.
 
     Raises:
-        ValueError: the path ends in .pkl, and `obj` has no "model".
+        ValueError: `obj` has no "model" for a .pkl, or a bfloat16 tensor; or is not a state dict
+            for a .safetensors.
     """
     path = Path(path)
-    if path.suffix == ".pkl" and "model" not in obj:
-        raise ValueError(f'{path}: Detectron2\'s .pkl format needs the weights under "model".')
+    write = torch.save
+    if path.suffix == ".pkl":
+        if "model" not in obj:
+            raise ValueError(f'{path}: Detectron2\'s .pkl format needs the weights under "model".')
+        obj, write = _arrays(path, {"__author__": "refbn_d2", **obj}), pickle.dump
+    elif path.suffix == ".safetensors":
+        others = [name for name, value in obj.items() if not isinstance(value, Tensor)]
+        if others:
+            raise ValueError(f"{path}: .safetensors holds tensors alone, not {listing(others)}.")
+        write = _write_safetensors
     with _written_whole(path) as file:
-        if path.suffix == ".pkl":
-            arrays = {name: tensor.detach().cpu().numpy() for name, tensor in obj["model"].items()}
-            pickle.dump({"__author__": "refbn_d2", **obj, "model": arrays}, file)
-        else:
-            torch.save(obj, file)
+        write(obj, file)
+
+
+def _write_safetensors(state: dict[str, Tensor], file: BinaryIO) -> None:
+    # each in a memory of its own: the format has no views
+    state = {name: t.clone(memory_format=torch.contiguous_format) for name, t in state.items()}
+    file.write(safetensors.torch.save(state, {"format": "pt"}))
+
+
+def _arrays(path: Path, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _arrays(path, inner) for key, inner in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    if value.dtype == torch.bfloat16:
+        raise ValueError(
+            f"{path}: numpy has no bfloat16, and .pkl holds its arrays: write a .pth instead."
+        )
+    return value.detach().cpu().numpy()
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Write `data` to `path`; it appears whole, or what stood there stays. Folders are made."""
+    with _written_whole(Path(path)) as file:
+        file.write(data)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write `text` to `path`; it appears whole, or what stood there stays. Folders are made."""
-    with _written_whole(Path(path)) as file:
-        file.write(text.encode())
+    """`write_bytes` of `text` in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def remove_unfinished(folder: str | os.PathLike) -> None:
@@ -105,17 +136,12 @@ def _written_whole(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device = "cpu") -> dict:
-    """{"model": {name: tensor}, ...what else the file holds, as it is}
-
-    The format is told by the content, whatever the suffix (but for .safetensors). The weights may
-    stand under "model", "state_dict" and the like, or be the whole file; "module." before all names
-    is dropped. Nothing in the file is run: it may hold tensors, arrays and plain containers alone.
+def file_format(path: str | os.PathLike) -> str:
+    """ "torch" (torch.save), "pickle" or "safetensors", as the first bytes (or the suffix) tell
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is empty, cut off or no checkpoint; holds code, or no tensors; is of a
-            format that is not read (Caffe2), or that needs safetensors where it is not installed.
+        CheckpointError: it is empty.
     """
     path = Path(path)
     if not path.is_file():
@@ -125,18 +151,46 @@ def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device = 
     if not head:
         raise CheckpointError(f"{path} is empty: a copy or a download was cut off? Fetch it again.")
     if path.suffix == ".safetensors":
+        return "safetensors"
+    return "torch" if head.startswith(b"PK") or head == _LEGACY_TORCH else "pickle"
+
+
+def load_checkpoint(
+    path: str | os.PathLike, map_location: str | torch.device = "cpu", key: str | None = None
+) -> dict:
+    """{"model": {name: tensor}, ...what else the file holds, as it is}
+
+    The format is told by the content, whatever the suffix (but for .safetensors). The weights may
+    stand under "model", "state_dict" and the like, or be the whole file; "module." before all names
+    is dropped. Nothing in the file is run: it may hold tensors, arrays and plain containers alone.
+
+    Args:
+        key: where in the file the weights stand, instead of the first known name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is empty, cut off or no checkpoint; holds code, or no tensors; is of a
+            format that is not read (Caffe2).
+    """
+    path = Path(path)
+    form = file_format(path)
+    if form == "safetensors":
         data = _read_safetensors(path)
-    elif head.startswith(b"PK") or head == _LEGACY_TORCH:
+    elif form == "torch":
         data = _read_torch(path, map_location)
     else:
         data = _read_pickle(path)
     if not isinstance(data, Mapping):
         raise CheckpointError(f"{path} holds a {type(data).__name__}, not a dict of tensors.")
-    wrapper = next((key for key in _WRAPPERS if isinstance(data.get(key), Mapping)), None)
+    if key is not None and not isinstance(data.get(key), Mapping):
+        raise CheckpointError(
+            f"{path} has no weights under {key!r}; it has {listing(map(str, data), 8)}."
+        )
+    wrapper = key or next((key for key in WRAPPERS if isinstance(data.get(key), Mapping)), None)
     rest = {} if wrapper is None else {key: data[key] for key in data if key != wrapper}
     weights = data if wrapper is None else data[wrapper]
     _refuse_caffe2(path, data)
-    return {"model": _tensors(path, weights, map_location), **rest}
+    return {**rest, "model": _tensors(path, weights, map_location)}
 
 
 def _read_torch(path: Path, map_location: str | torch.device) -> Any:
@@ -195,12 +249,6 @@ def _read_pickle(path: Path) -> Any:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        import safetensors.torch
-    except ImportError as error:
-        raise CheckpointError(
-            f"{path}: reading .safetensors needs `pip install safetensors`."
-        ) from error
-    try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise _not_a_checkpoint(path, str(error)) from error
@@ -241,13 +289,14 @@ def _tensors(path: Path, weights: Mapping, map_location: str | torch.device) -> 
             dropped.append(str(name))
     if not tensors:
         raise CheckpointError(
-            f"{path} holds no tensors under {', '.join(_WRAPPERS[:2])} or at its top; it has "
-            f"{_listing(map(str, weights), 8) or 'nothing'}."
+            f"{path} holds no tensors under {', '.join(WRAPPERS[:2])} or at its top; it has "
+            f"{listing(map(str, weights), 8) or 'nothing'}."
         )
     if dropped:
-        logger.warning("%s: not tensors, and ignored: %s", path, _listing(dropped))
-    if all(_PARALLEL_PREFIX.match(name) for name in tensors if name != "n_averaged"):
-        tensors = {_PARALLEL_PREFIX.sub("", name, count=1): t for name, t in tensors.items()}
+        logger.warning("%s: not tensors, and ignored: %s", path, listing(dropped))
+    names = [name for name in tensors if name != "n_averaged"]  # of torch's AveragedModel
+    if names and all(_PARALLEL_PREFIX.match(name) for name in names):
+        tensors = {_PARALLEL_PREFIX.sub("", name, count=1): tensors[name] for name in names}
     return tensors
 
 
@@ -289,13 +338,13 @@ def load_weights(
         for name in state
         if name not in target
         and not _BOOKKEEPING.fullmatch(name)
-        and not _EXPENDABLE.fullmatch(name)
+        and not EXPENDABLE.fullmatch(name)
     ]
     weights = [name for name in loaded if not _BOOKKEEPING.fullmatch(name)]
     if not weights:
         raise CheckpointError(
-            f"{source}: no tensor fits the model.\n  The file has: {_listing(given, 5)}\n"
-            f"  The model has: {_listing(target, 5)}"
+            f"{source}: no tensor fits the model.\n  The file has: {listing(given, 5)}\n"
+            f"  The model has: {listing(target, 5)}"
         )
     _check_backbone(source, target, state, allow_partial)
 
@@ -320,9 +369,9 @@ def load_weights(
             ours,
         )
     if missing:
-        logger.warning("Not in the file, left as initialised: %s", _listing(missing))
+        logger.warning("Not in the file, left as initialised: %s", listing(missing))
     if unexpected:
-        logger.warning("In the file, but not used by the model: %s", _listing(unexpected))
+        logger.warning("In the file, but not used by the model: %s", listing(unexpected))
     return LoadReport(loaded, missing, unexpected, mismatch)
 
 
@@ -356,15 +405,30 @@ def _check_backbone(
         if len(misfits) > (1 - MIN_BACKBONE_FILLED) * len(total):
             message = (
                 f"{source}: {len(misfits)} of the {len(total)} backbone tensors of the {what} do "
-                "not fit. The ResNet's depth, width or norm (MODEL.RESNETS) probably differs.\n  "
-                + _listing(misfits, separator="\n  ")
+                f"not fit. {_why(_resnet(state), _resnet(target))}\n  "
+                + listing(misfits, separator="\n  ")
             )
             if not allow_partial:
                 raise CheckpointError(message)
             logger.warning(message)
 
 
-def _listing(names: Iterable[str], limit: int = 20, separator: str = ", ") -> str:
+def _resnet(tensors: Mapping[str, Tensor]) -> ResNet | None:
+    bare = {name: resnet_name(name) for name in tensors}
+    try:
+        return which_resnet({own[1]: tuple(tensors[n].shape) for n, own in bare.items() if own})
+    except ValueError:
+        return None
+
+
+def _why(theirs: ResNet | None, ours: ResNet | None) -> str:
+    if theirs and ours and str(theirs) != str(ours):
+        return f"The file holds a {theirs}, the model a {ours} (MODEL.RESNETS)."
+    return "The ResNet's depth, width or norm (MODEL.RESNETS) probably differs."
+
+
+def listing(names: Iterable[str], limit: int = 20, separator: str = ", ") -> str:
+    """The first `limit` names, and how many more there are."""
     names = list(names)
     more = [f"and {len(names) - limit} more"] if len(names) > limit else []
     return separator.join(names[:limit] + more)

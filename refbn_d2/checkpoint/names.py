@@ -78,6 +78,20 @@ def detectron2_to_torchvision(name: str) -> str:
     return renamed
 
 
+def resnet_name(name: str) -> tuple[str, str] | None:
+    """(place, Detectron2's name there) of a ResNet's tensor; None for a name that no rule knows.
+
+    `backbone.bottom_up.res2.0.conv1.weight` -> ("backbone.bottom_up.", "res2.0.conv1.weight");
+    torchvision's names have no place, `layer1.0.conv1.weight` -> ("", "res2.0.conv1.weight").
+    """
+    for place in _PLACES:
+        bare = name.removeprefix(place)
+        if (not place or bare != name) and _rename(bare, _TO_TORCHVISION):
+            return place, bare
+    bare = _rename(name, _TO_DETECTRON2)
+    return bare and ("", bare)
+
+
 def backbone_prefix(model_keys: Iterable[str]) -> str:
     """Where a model keeps its ResNet: "backbone.bottom_up.", "backbone." or "" (is one itself)."""
     model_keys = list(model_keys)

@@ -9,6 +9,7 @@ from collections import OrderedDict
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torchvision
 from torch import nn
@@ -69,6 +70,30 @@ def test_saved_pkl_is_detectron2s_format(tmp_path):
     assert_same({name: torch.from_numpy(array) for name, array in data["model"].items()}, state())
     with pytest.raises(ValueError, match="b.pkl"):
         save_checkpoint(state(), tmp_path / "b.pkl")
+
+
+def test_saved_pkl_holds_no_tensors_anywhere(tmp_path):
+    data = {"model": state(), "classifier": state(1), "optimizer": {"state": {0: torch.ones(2)}}}
+    save_checkpoint(data, tmp_path / "a.pkl")
+    loaded = load_checkpoint(tmp_path / "a.pkl")
+    assert_same({n: torch.tensor(a) for n, a in loaded["classifier"].items()}, state(1))
+    assert isinstance(loaded["optimizer"]["state"][0], np.ndarray)
+    with pytest.raises(ValueError, match="b.pkl: numpy has no bfloat16.*.pth"):
+        save_checkpoint({"model": {"a": torch.ones(2).bfloat16()}}, tmp_path / "b.pkl")
+    assert os.listdir(tmp_path) == ["a.pkl"]
+
+
+def test_saved_safetensors_is_what_safetensors_reads(tmp_path):
+    whole = torch.arange(24.0).view(2, 3, 4, 1)
+    tensors = {**state(), "half": whole[:1], "turned": whole.transpose(1, 2), "same": whole}
+    tensors["last"] = whole.contiguous(memory_format=torch.channels_last).bfloat16()
+    save_checkpoint(tensors, tmp_path / "a.safetensors")
+    loaded = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    assert_same({name: loaded[name] for name in tensors}, tensors)
+    assert_same(load_checkpoint(tmp_path / "a.safetensors")["model"], loaded)
+    with pytest.raises(ValueError, match="b.safetensors: .*tensors alone, not model, iteration"):
+        save_checkpoint({"model": state(), "iteration": 3}, tmp_path / "b.safetensors")
+    assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["a.pth", "a.pkl"])
@@ -155,9 +180,20 @@ def test_weights_come_before_their_averages(tmp_path):
     assert_same(loaded["model_ema"], state(1))
 
 
+@pytest.mark.parametrize("name", ["a.pth", "a.pkl"])
+def test_a_key_says_which_weights(tmp_path, name):
+    data = {"model": state(0), "state_dict_ema": state(1), "iteration": 3}
+    save_checkpoint(data, tmp_path / name)
+    loaded = load_checkpoint(tmp_path / name, key="state_dict_ema")
+    assert_same(loaded["model"], state(1))
+    for key in ("ema", "iteration"):
+        text = f"{name} has no weights under '{key}'; it has .*model, state_dict_ema, iteration"
+        with pytest.raises(CheckpointError, match=text):
+            load_checkpoint(tmp_path / name, key=key)
+
+
 def test_reads_safetensors(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    safetensors.save_file(state(), tmp_path / "a.safetensors")
+    safetensors.torch.save_file(state(), tmp_path / "a.safetensors")
     loaded = load_checkpoint(tmp_path / "a.safetensors")["model"]
     assert_same({name: loaded[name] for name in state()}, state())
 
@@ -166,6 +202,12 @@ def test_reads_safetensors(tmp_path):
 def test_parallel_prefixes_are_dropped(tmp_path, prefix):
     save_checkpoint({prefix + name: t for name, t in state().items()}, tmp_path / "a.pth")
     assert_same(load_checkpoint(tmp_path / "a.pth")["model"], state())
+
+
+def test_an_averaged_models_prefix_and_counter_are_dropped(tmp_path):
+    model = torch.optim.swa_utils.AveragedModel(nn.Linear(2, 2))
+    save_checkpoint({"model_ema": model.state_dict()}, tmp_path / "a.pth")
+    assert list(load_checkpoint(tmp_path / "a.pth")["model"]) == ["weight", "bias"]
 
 
 def test_a_module_that_is_called_module_keeps_its_name(tmp_path):
@@ -213,7 +255,7 @@ def test_objects_are_refused(tmp_path, thing):
 def test_what_is_no_checkpoint_is_an_error_with_the_file(tmp_path, suffix, content):
     path = tmp_path / f"a.{suffix}"
     if suffix == "safetensors":
-        pytest.importorskip("safetensors.torch").save_file(state(), path)
+        safetensors.torch.save_file(state(), path)
     else:
         save_checkpoint({"model": state()}, path)
     whole = path.read_bytes()
@@ -419,6 +461,14 @@ def test_long_lists_are_cut_with_their_number():
     with pytest.raises(CheckpointError, match="(?s)28 of.*and 8 more") as error:
         load_weights(Detector(), Detector("").state_dict(), "a.pth")
     assert str(error.value).count("not in the file") == 20
+
+
+def test_another_depth_is_an_error_with_both():
+    with torch.device("meta"):
+        source, model = torchvision.models.resnet50(), torchvision.models.resnet101()
+    text = "a.pth: .* The file holds a ResNet-50, the model a ResNet-101"
+    with pytest.raises(CheckpointError, match=text):
+        load_weights(model, source.state_dict(), "a.pth")
 
 
 def test_a_tensor_or_two_may_lack():

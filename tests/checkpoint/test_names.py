@@ -7,6 +7,7 @@ import torchvision
 from refbn_d2.checkpoint.names import (
     backbone_prefix,
     detectron2_to_torchvision,
+    resnet_name,
     to_detectron2,
     torchvision_to_detectron2,
 )
@@ -114,6 +115,25 @@ def test_two_names_for_one_tensor_are_an_error():
     state = {"conv1.weight": 0, "stem.conv1.weight": 1}
     with pytest.raises(ValueError, match=r"'conv1.weight' and 'stem.conv1.weight'"):
         to_detectron2(state, ["backbone.stem.conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("conv1.weight", ("", "stem.conv1.weight")),
+        ("layer4.1.bn2.ref_var", ("", "res5.1.conv2.norm.ref_var")),
+        ("res2.0.shortcut.norm.bias", ("", "res2.0.shortcut.norm.bias")),
+        ("backbone.bottom_up.res2.0.conv1.weight", ("backbone.bottom_up.", "res2.0.conv1.weight")),
+        ("backbone.stem.conv1.weight", ("backbone.", "stem.conv1.weight")),
+        ("roi_heads.res5.0.conv1.weight", ("roi_heads.", "res5.0.conv1.weight")),
+        ("backbone.layer1.0.conv1.weight", None),
+        ("backbone.fpn_lateral2.weight", None),
+        ("layer1.0.se.fc1.weight", None),
+        ("res6.0.conv1.weight", None),
+    ],
+)
+def test_a_resnets_name_is_told_with_its_place(name, expected):
+    assert resnet_name(name) == expected
 
 
 def test_backbone_prefix():

@@ -15,13 +15,11 @@ import torch.nn.functional as F
 from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import Tensor, nn
 
+from refbn_d2.checkpoint.resnets import BLOCKS
 from refbn_d2.config import refbn_options
 from refbn_d2.layers import RefBatchNorm2d
 
 logger = logging.getLogger(__name__)
-
-BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
-BLOCKS[152] = (3, 8, 36, 3)
 
 
 class FrozenBatchNorm2d(nn.Module):
