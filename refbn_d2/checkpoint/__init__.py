@@ -1,12 +1,19 @@
+from .convert import Contents, convert, identify, pack
+from .describe import describe
 from .files import CheckpointError, LoadReport, load_checkpoint, load_weights, save_checkpoint
 from .names import detectron2_to_torchvision, to_detectron2, torchvision_to_detectron2
 
 __all__ = [
     "CheckpointError",
+    "Contents",
     "LoadReport",
+    "convert",
+    "describe",
     "detectron2_to_torchvision",
+    "identify",
     "load_checkpoint",
     "load_weights",
+    "pack",
     "save_checkpoint",
     "to_detectron2",
     "torchvision_to_detectron2",

@@ -224,22 +224,39 @@ def _is_foldable(conv: Conv, model: nn.Module) -> bool:
     return weight is not None and owners == 1
 
 
+def affine(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(scale, shift) (C,) in float64 on the CPU, for which a norm in eval mode is scale x + shift
+
+        scale = weight / sqrt(var + eps),   shift = bias - mean scale
+
+    None for `weight` and `bias` are ones and zeros.
+    """
+
+    def double(tensor: Tensor) -> Tensor:
+        return tensor.to("cpu", torch.float64)
+
+    scale = (double(var) + eps).rsqrt()
+    if weight is not None:
+        scale = scale * double(weight)
+    shift = -double(mean) * scale
+    if bias is not None:
+        shift = shift + double(bias)
+    return scale, shift
+
+
 @torch.no_grad()
 def _fuse(conv: Conv, norm: nn.Module) -> None:
-    def constant(tensor: Tensor | None, default: float) -> Tensor:
-        value = mean.new_tensor(default) if tensor is None else tensor.to(mean)
-        return value.expand(mean.shape)
-
-    mean = norm.running_mean.to("cpu", torch.float64)
-    scale = constant(norm.weight, 1) * (norm.running_var.to(mean) + norm.eps).rsqrt()
-    bias = constant(norm.bias, 0) + (constant(conv.bias, 0) - mean) * scale
+    scale, shift = affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    bias = shift if conv.bias is None else shift + conv.bias.to(scale) * scale
     if isinstance(conv, nn.ConvTranspose2d):  # weight (in, out / groups, kH, kW)
         rows = conv.in_channels // conv.groups
         scale = scale.view(conv.groups, -1).repeat_interleave(rows, dim=0)[..., None, None]
     else:
         scale = scale.view(-1, 1, 1, 1)
     old = conv.weight
-    conv.weight = nn.Parameter((old.to(mean) * scale).to(old), old.requires_grad)
+    conv.weight = nn.Parameter((old.to(scale) * scale).to(old), old.requires_grad)
     conv.bias = nn.Parameter(bias.to(old), old.requires_grad)
 
 

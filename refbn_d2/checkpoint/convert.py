@@ -1,0 +1,322 @@
+"""Checkpoints from one layout and norm to another: what a file's tensors are, and what they become.
+
+Layouts: "torchvision" (timm's plain ResNets have its names), and "detectron2" (so have ours).
+"""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refbn_d2.layers.conversion import affine
+
+from .files import CheckpointError, listing
+from .names import detectron2_to_torchvision, resnet_name
+from .resnets import SCALARS, VECTORS, ResNet, which_other, which_resnet
+
+logger = logging.getLogger(__name__)
+
+NORMS = ("RefBN", "BN", "FrozenBN", "folded")
+EPS = 1e-5  # of every norm in torchvision's, timm's and Detectron2's ResNets; no file tells it
+
+# What torchvision's weights (and most of timm's) want beside the architecture's own keys.
+TORCHVISION_INPUT = {
+    "MODEL.RESNETS.STRIDE_IN_1X1": False,
+    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+    "INPUT.FORMAT": "RGB",
+}
+
+# Where a config names a norm beside the ResNet's, and how the tensors' names begin there.
+_SECTIONS = {
+    "MODEL.FPN.NORM": "backbone.fpn_",
+    "MODEL.ROI_BOX_HEAD.NORM": "roi_heads.box_head.",
+    "MODEL.ROI_MASK_HEAD.NORM": "roi_heads.mask_head.",
+    "MODEL.SEM_SEG_HEAD.NORM": "sem_seg_head.",
+}
+FROZEN = ("weight", "bias", "running_mean", "running_var")  # what a FrozenBatchNorm2d keeps
+_DETECTOR = ("backbone.", "proposal_generator.", "roi_heads.")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file's tensors are."""
+
+    source: str  # the file, for messages
+    tensors: dict[str, Tensor]  # by the file's names
+    bare: dict[str, str]  # of a ResNet's tensors: the file's name -> Detectron2's without a place
+    which: ResNet
+    layout: str  # "torchvision" or "detectron2"
+    is_detector: bool
+
+    @property
+    def classes(self) -> int | None:
+        """Of a classifier."""
+        weights = (name for name, own in self.bare.items() if own == "linear.weight")
+        return next((len(self.tensors[name]) for name in weights), None)
+
+    @property
+    def norms(self) -> dict[str, str]:
+        """{"MODEL.RESNETS.NORM": "BN", ...}, for every section of a config that is in the file."""
+        norms = {"MODEL.RESNETS.NORM": norm_of(self.bare.values())}
+        for key, beginning in _SECTIONS.items():
+            if names := [name for name in self.tensors if name.startswith(beginning)]:
+                norms[key] = norm_of(names)
+        return norms
+
+    def config(self) -> dict[str, Any]:
+        """{key: value} that differ from Detectron2's defaults, and always the depth and norms."""
+        usual = ResNet(50).config()
+        own = self.which.config().items()
+        keys = {key: value for key, value in own if value != usual[key] or key.endswith("DEPTH")}
+        return keys | self.norms | (TORCHVISION_INPUT if self.layout == "torchvision" else {})
+
+
+def norm_of(names: Iterable[str]) -> str:
+    """The norm that has tensors of Detectron2's `names`: "RefBN", "BN", "FrozenBN", "GN", "" (none)
+
+    Where only a part is frozen (FREEZE_AT), it is what the others are.
+    """
+    tensors = {name.rpartition(".")[2] for name in names if ".norm." in name}
+    signs = {
+        "RefBN": "ref_mean",
+        "BN": "num_batches_tracked",
+        "FrozenBN": "running_mean",
+        "GN": "weight",
+    }
+    return next((norm for norm, sign in signs.items() if sign in tensors), "")
+
+
+def all_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of `load_checkpoint`'s dict, and a classifier that `pack` put beside them."""
+    tensors, beside = dict(checkpoint["model"]), checkpoint.get("classifier")
+    if isinstance(beside, Mapping):
+        tensors |= {name: torch.as_tensor(value) for name, value in beside.items()}
+    return tensors
+
+
+def identify(checkpoint: Mapping[str, Any], source: str) -> Contents:
+    """What `checkpoint` holds.
+
+    Args:
+        checkpoint: as `load_checkpoint` returns it.
+        source: the file it is from, for messages.
+
+    Raises:
+        CheckpointError: it is not a ResNet that Detectron2 can build, alone or in a detector.
+    """
+    tensors = all_tensors(checkpoint)
+    other = which_other(tensors)
+    if re.search("resnet(aa|blur)", str(checkpoint.get("arch"))):  # its tensors do not tell
+        other = other or "an anti-aliased ResNet"
+    if other:
+        raise CheckpointError(
+            f"{source} is {other}. What can be converted are ResNets and ResNeXts of depth 18, 34, "
+            "50, 101 or 152 whose stem is one 7x7 convolution, and Detectron2's detectors with one."
+        )
+    is_detector = any(name.startswith(_DETECTOR) for name in tensors)
+    bare: dict[str, str] = {}
+    for name in tensors:
+        place, own = resnet_name(name) or ("", "")
+        if own and (place or not is_detector):
+            bare[name] = own
+    times = Counter(bare.values())
+    twice = [name for name, own in bare.items() if times[own] > 1]
+    if twice:
+        raise CheckpointError(
+            f"{source}: {listing(twice, 2)} are one tensor by two names: keep one of them."
+        )
+    try:
+        which = which_resnet({own: tuple(tensors[name].shape) for name, own in bare.items()})
+    except ValueError as error:
+        raise CheckpointError(
+            f"{source} holds no ResNet that Detectron2 can build: {error}. Its first tensors are "
+            f"{listing(tensors, 5)}."
+        ) from None
+    if not is_detector:  # which may do without the last stages
+        which = replace(which, last_stage=5)
+    detectron2 = all(name.endswith(own) for name, own in bare.items())
+    layout = "detectron2" if detectron2 else "torchvision"
+    return Contents(source, tensors, bare, which, layout, is_detector)
+
+
+def convert(
+    contents: Contents, to: str, norm: str | None = None, allow_partial: bool = False
+) -> dict[str, Tensor]:
+    """The state dict in the layout `to`
+
+    A ResNet gets the layout's names. A detector keeps Detectron2's; to torchvision goes its ResNet
+    alone. The order is the file's, and what `norm` does not change is the file's to the bit.
+
+    Args:
+        to: "detectron2" or "torchvision".
+        norm: one of NORMS, see `change_norms`; None keeps what there is.
+        allow_partial: let pass a ResNet that lacks tensors, and leave out what has no counterpart;
+            both are listed in the log.
+
+    Raises:
+        CheckpointError: `change_norms`'s; a tensor's shape is not the ResNet's; or, without
+            `allow_partial`, a tensor lacks or has no counterpart.
+    """
+    which, source = contents.which, contents.source
+    if to == "torchvision" and not which.is_torchvisions:
+        raise CheckpointError(f"{source} holds a {which}, which torchvision cannot build.")
+    wrong, missing, without = misfits(contents, to)
+    if wrong:
+        raise CheckpointError(
+            f"{source} holds a {which} by most of its tensors, but others have another shape: "
+            f"{listing(wrong, 8, '; ')}. Is it of one model?"
+        )
+    problems = []
+    if missing:
+        problems.append(f"lacks {len(missing)} tensors of a {which}: {listing(missing)}")
+    if without:
+        where = f"without counterpart in {to}'s {which}"
+        problems.append(f"has {len(without)} tensors {where}: {listing(without)}")
+    if problems:
+        message = f"{source} {'; it '.join(problems)}."
+        if not allow_partial:
+            raise CheckpointError(f"{message} --allow-partial lets that pass.")
+        logger.warning(message)
+
+    keeps_names = contents.is_detector and to == "detectron2"
+    state = {
+        name if keeps_names else contents.bare[name]: tensor
+        for name, tensor in contents.tensors.items()
+        if name not in without
+    }
+    if norm is not None:
+        state = change_norms(state, norm, source)
+    if to == "torchvision":
+        state = {detectron2_to_torchvision(name): tensor for name, tensor in state.items()}
+    return state
+
+
+def misfits(contents: Contents, to: str) -> tuple[list[str], list[str], list[str]]:
+    """What keeps `contents` from being the whole of a ResNet, or a detector, in the layout `to`
+
+    Returns:
+        The tensors of another shape than the ResNet's, with both shapes; Detectron2's names of
+        those that lack; the file's names of those without counterpart.
+    """
+    which, bare = contents.which, contents.bare
+    shapes = {own: tuple(contents.tensors[name].shape) for name, own in bare.items()}
+    known = which.shapes((*VECTORS, *SCALARS))
+    if contents.classes is not None:
+        known["linear.weight"] = (contents.classes, 8 * which.res2)
+        known["linear.bias"] = (contents.classes,)
+    wrong = [
+        f"{name} is {shapes[own]}, not {known[own]}"
+        for name, own in bare.items()
+        if shapes[own] != known.get(own, shapes[own])
+    ]
+    norm = [t for t in FROZEN if any(own.endswith(f".norm.{t}") for own in shapes)]
+    missing = [own for own in which.shapes(norm) if own not in shapes]
+    heads_stay = contents.is_detector and to == "detectron2"
+    without = [
+        name
+        for name in contents.tensors
+        if (bare[name] not in known if name in bare else not heads_stay)
+    ]
+    return wrong, missing, without
+
+
+def change_norms(state: Mapping[str, Tensor], norm: str, source: str) -> dict[str, Tensor]:
+    """`state`, in Detectron2's names, with every batch norm as `norm` has it
+
+    "FrozenBN" keeps weight, bias and running statistics. "BN" and "RefBN" count batches besides,
+    from 0 where the file has no count. "RefBN" has a reference: where the file has none, the
+    running statistics, as a single element. "folded": the convolution's weight takes up the norm's
+    scale. In a ResNet, whose convolutions have no bias in either library, the norm stays as a
+    FrozenBN that adds the shift; elsewhere the shift is the convolution's bias, and the norm goes.
+
+    Group norms stay as they are.
+
+    Raises:
+        CheckpointError: there is no batch norm; or, for "folded", one whose convolution the name
+            does not tell.
+    """
+    layers: dict[str, dict[str, Tensor]] = {}  # "res2.0.conv1.norm." -> {"weight": ...}
+    for name, tensor in state.items():
+        last = name.rpartition(".")[2]
+        layers.setdefault(name.removesuffix(last), {})[last] = tensor
+    batch_norms = {name: layer for name, layer in layers.items() if "running_mean" in layer}
+    if not batch_norms:
+        raise CheckpointError(
+            f"{source} has no batch norms, but {norm_of(state) or 'none'}: it cannot get {norm}."
+        )
+    if norm == "folded":
+        astray = [n for n in batch_norms if "weight" not in layers.get(_convolution(n), {})]
+        if astray:
+            raise CheckpointError(
+                f"{source}: whose convolution {listing(astray, 5)} normalise is not told by their "
+                "names, so they cannot be folded. FrozenBN computes the same."
+            )
+    for name, layer in batch_norms.items():
+        if norm == "folded":
+            layers[name] = _fold(
+                layers[_convolution(name)], layer, bool(resnet_name(name + "weight"))
+            )
+        else:
+            layers[name] = _as(layer, norm)
+    return {name + last: tensor for name, layer in layers.items() for last, tensor in layer.items()}
+
+
+def _convolution(norm: str) -> str:
+    return norm.removesuffix("norm.") if norm.endswith(".norm.") else ""
+
+
+def _as(layer: dict[str, Tensor], norm: str) -> dict[str, Tensor]:
+    new = {name: layer[name] for name in FROZEN if name in layer}
+    if norm == "FrozenBN":
+        return new
+    new["num_batches_tracked"] = layer.get("num_batches_tracked", torch.tensor(0))
+    if norm == "BN":
+        return new
+    reference = {
+        "ref_mean": layer["running_mean"],
+        "ref_var": layer["running_var"],
+        "ref_count": torch.tensor(1),
+    }
+    return new | {name: layer.get(name, default) for name, default in reference.items()}
+
+
+def _fold(conv: dict[str, Tensor], norm: dict[str, Tensor], in_resnet: bool) -> dict[str, Tensor]:
+    """What is left of the norm; `conv` changes in place."""
+    mean, var = norm["running_mean"], norm["running_var"]
+    scale, shift = affine(mean, var, norm.get("weight"), norm.get("bias"), EPS)
+    weight = conv["weight"]
+    conv["weight"] = (weight * scale.view(-1, 1, 1, 1)).to(weight)
+    if "bias" in conv:
+        shift = shift + conv.pop("bias") * scale
+    shift = shift.to(weight)
+    if not in_resnet:
+        conv["bias"] = shift
+        return {}
+    one, zero = torch.ones_like(mean), torch.zeros_like(mean)
+    return {"weight": one, "bias": shift, "running_mean": zero, "running_var": one - EPS}
+
+
+def pack(state: Mapping[str, Tensor], to: str, suffix: str) -> dict[str, Any]:
+    """What `save_checkpoint` takes for a file with `suffix`, of a state dict that `convert` made
+
+    For torchvision, and for .safetensors, the state dict itself. A backbone for Detectron2 is read
+    by suffix matching ("matching_heuristics"), as its models have a place before the names; the
+    classifier, of which its detectors have no use, lies beside the weights, where its loader is
+    silent about it and `identify` finds it.
+    """
+    if to == "torchvision" or suffix == ".safetensors":
+        return dict(state)
+    classifier = {name: tensor for name, tensor in state.items() if name.startswith("linear.")}
+    packed = {
+        "model": {name: tensor for name, tensor in state.items() if name not in classifier},
+        "__author__": "refbn_d2",
+    }
+    if not any(name.startswith(_DETECTOR) for name in state):
+        packed["matching_heuristics"] = True
+    return packed | ({"classifier": classifier} if classifier else {})
