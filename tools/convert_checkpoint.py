@@ -1,0 +1,60 @@
+#!/usr/bin/env python
+"""Convert a ResNet's or a detector's checkpoint, or say what one is.
+
+convert_checkpoint.py SRC DST --to detectron2 --norm FrozenBN --verify
+convert_checkpoint.py --inspect FILE
+"""
+
+import argparse
+import logging
+import sys
+
+from refbn_d2.checkpoint.convert import NORMS
+from refbn_d2.checkpoint.describe import describe
+from refbn_d2.engines.convert_file import TARGETS, convert_file
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("src", nargs="?", metavar="SRC", help=".pth, .pt, .pkl or .safetensors")
+    p.add_argument("dst", nargs="?", metavar="DST", help="a new file; its suffix says the format")
+    p.add_argument("--inspect", metavar="FILE", help="say what FILE is and what loads it")
+    p.add_argument(
+        "--to", choices=TARGETS, help="layout of the result; onnx, torchscript: of the backbone"
+    )
+    p.add_argument("--norm", choices=NORMS, help="of the result, instead of SRC's")
+    p.add_argument("--verify", action="store_true", help="run SRC and DST on the same picture")
+    p.add_argument("--allow-partial", action="store_true", help="leave out what has no counterpart")
+    p.add_argument(
+        "--config-file", metavar="FILE", help="of a detector; config.yaml beside SRC is found"
+    )
+    p.add_argument("--key", help="where in SRC the weights are, as state_dict_ema")
+    return p
+
+
+def main() -> None:
+    p = parser()
+    args = p.parse_args()
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    if not args.inspect and not (args.src and args.dst and args.to):
+        p.error("SRC, DST and --to are needed, or --inspect FILE")
+    if args.inspect and (args.src or args.to):
+        p.error("--inspect FILE goes alone, or with --key")
+    try:
+        if args.inspect:
+            print(describe(args.inspect, args.key))
+        else:
+            print(
+                convert_file(
+                    args.src, args.dst, args.to, args.norm, args.verify, args.allow_partial,
+                    args.config_file, args.key,
+                )
+            )  # fmt: skip
+    except (ValueError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()
