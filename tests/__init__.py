@@ -1,0 +1,1 @@
+"""A package, so that spawned workers find this `tests`, not the one of a checkout on PYTHONPATH."""
