@@ -3,7 +3,9 @@
 Importing it registers "RefBN" with Detectron2, where that is installed.
 """
 
+import importlib.util
 import logging
+import os
 
 from refbn_d2.layers import RefBatchNorm2d
 
@@ -11,9 +13,12 @@ __all__ = ["RefBatchNorm2d"]
 
 
 def _register() -> None:
-    try:
-        import detectron2.layers  # noqa: F401
-    except ImportError:  # not installed, or a folder that is called so
+    spec = importlib.util.find_spec("detectron2")
+    if spec is None or spec.origin is None:  # not installed, or a folder that is called so
+        return
+    if os.environ.get("DETECTRON2_ENV_MODULE") == "refbn_d2.env":
+        import detectron2  # noqa: F401  it calls refbn_d2.env, which registers
+
         return
     try:
         from refbn_d2 import plugin

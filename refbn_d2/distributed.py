@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 def available_device(device: str) -> str:
     """`device`, or "cpu" with a warning for a "cuda" that is not there."""
     if device == "cuda" and not torch.cuda.is_available():
-        logger.warning("MODEL.DEVICE is cuda, and there is none here: using the CPU.")
+        logger.warning("The config's device is cuda, and there is none here: using the CPU.")
         return "cpu"
     return device
 

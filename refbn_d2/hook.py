@@ -22,6 +22,7 @@ from detectron2.data.common import AspectRatioGroupedDataset, MapDataset
 from detectron2.engine.hooks import IterationTimer
 from detectron2.engine.train_loop import AMPTrainer, HookBase
 from detectron2.utils.events import EventStorage
+from detectron2.utils.file_io import PathManager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -46,9 +47,9 @@ class ReferenceBatchHook(HookBase):
 
     Args:
         options: by default those of the trainer's `cfg`; without a `cfg`, the defaults, and each
-            layer's own reference_weight and gradient.
-        dataset: dataset dicts to choose from, with "file_name" and "image_id"; by default those of
-            the trainer's data loader, which then must be one of build_detection_train_loader's.
+            layer's own reference_weight and gradient (as where `options` has None).
+        dataset: dataset dicts to choose from, with "file_name"; by default those of the trainer's
+            data loader, which then must be one of build_detection_train_loader's.
         mapper: dataset dict -> sample; by default the data loader's.
     """
 
@@ -63,7 +64,7 @@ class ReferenceBatchHook(HookBase):
         self.options = options
         self.images = None if dataset is None else _Images(dataset, mapper)
         self.reference: ReferenceBatch | None = None  # from before_train on
-        self._state: dict | None = None  # of a checkpoint
+        self._state: dict = {}  # of a checkpoint
 
     def before_train(self) -> None:
         """Choose and capture; in a resumed run, find again what the checkpoint names.
@@ -84,7 +85,8 @@ class ReferenceBatchHook(HookBase):
         inner = getattr(trainer, "_trainer", trainer)  # DefaultTrainer's
         autocast = nullcontext
         if isinstance(inner, AMPTrainer):
-            autocast = functools.partial(torch.autocast, "cuda", inner.precision)
+            precision = getattr(inner, "precision", torch.float16)  # release 0.6 has no choice
+            autocast = functools.partial(torch.autocast, "cuda", precision)
         images = self.images or _images(trainer.data_loader)
         self.reference = _reference_batch(
             model, images, options or RefBNOptions(), names, autocast, self._state
@@ -103,8 +105,8 @@ class ReferenceBatchHook(HookBase):
         self.reference.after_step()
 
     def state_dict(self) -> dict:
-        """What the reference batch is, and where the next slice begins; {} before training."""
-        return self.reference.state_dict() if self.reference else {}
+        """What the reference batch is, and where the next slice begins; {} before it is chosen."""
+        return self.reference.state_dict() if self.reference else self._state
 
     def load_state_dict(self, state: dict) -> None:
         """Go on with the reference batch that `state` names; takes effect when training starts."""
@@ -130,7 +132,10 @@ def _log_as_detectron2() -> None:
 def apply_options(model: nn.Module, options: RefBNOptions) -> None:
     """Give every RefBN layer of `model` the options' reference weight and gradient."""
     for _, layer in refbn_layers(model):
-        layer.reference_weight, layer.gradient = options.reference_weight, options.gradient
+        if options.reference_weight is not None:
+            layer.reference_weight = options.reference_weight
+        if options.gradient is not None:
+            layer.gradient = options.gradient
 
 
 def reference_batch(
@@ -154,7 +159,7 @@ def reference_batch(
         TypeError: the data loader holds no dataset dicts to choose from.
     """
     images = _images(data_loader)
-    return _reference_batch(unwrapped(model), images, options, dataset_names, autocast, None)
+    return _reference_batch(unwrapped(model), images, options, dataset_names, autocast, {})
 
 
 class _Images(NamedTuple):
@@ -163,6 +168,25 @@ class _Images(NamedTuple):
     dicts: Sequence[dict]
     mapper: Callable[[dict], dict | None]
     grouped: bool = False  # training batches are of one aspect ratio group
+
+
+class _WithFiles(Sequence):
+    """Dataset dicts whose files `select` reads as Detectron2 does, from wherever they are."""
+
+    def __init__(self, dicts: Sequence[dict]) -> None:
+        self.dicts = dicts
+
+    def __len__(self) -> int:
+        return len(self.dicts)
+
+    def __getitem__(self, index: int) -> dict:
+        dataset_dict = self.dicts[index]
+
+        def read() -> bytes:
+            with PathManager.open(dataset_dict["file_name"], "rb") as file:
+                return file.read()
+
+        return {"read": read, **dataset_dict}
 
 
 def _images(data_loader: Iterable) -> _Images:
@@ -186,11 +210,11 @@ def _reference_batch(
     options: RefBNOptions,
     dataset_names: Sequence[str],
     autocast: Callable[[], AbstractContextManager],
-    state: dict | None,
+    state: dict,
 ) -> ReferenceBatch:
     dataset = " + ".join(dataset_names) or "the training set"
     group_of = is_landscape if images.grouped else lambda dataset_dict: None
-    chosen, identity = select(images.dicts, options, dataset, group_of, state)
+    chosen, identity = select(_WithFiles(images.dicts), options, dataset, group_of, state)
     with seeded(options.seed):  # Detectron2's augmentations draw from the global generators
         samples = [
             _sample(images, index) for index in tqdm(chosen, "reference batch", disable=None)

@@ -13,6 +13,7 @@
 import functools
 import inspect
 import logging
+import re
 import types
 import weakref
 from collections.abc import Callable
@@ -25,7 +26,9 @@ from refbn_d2.config import add_refbn_config, refbn_options
 from refbn_d2.data import catalog
 from refbn_d2.layers import RefBatchNorm2d, refbn_layers
 
-_VERSION = f"Detectron2 {getattr(detectron2, '__version__', 'of unknown version')}"
+# From the file: while an environment module runs, the package does not have it yet.
+_VERSION = re.search(r"__version__ = [\"'](.+)[\"']", Path(detectron2.__file__).read_text())
+_VERSION = f"Detectron2 {_VERSION[1] if _VERSION else 'of unknown version'}"
 _WAY_OUT = (
     "Use Detectron2 0.6 or its main branch, or this package's own engine (--engine torchvision)."
 )
@@ -73,7 +76,8 @@ def register() -> None:
         _undo.append(_replace(TrainerBase, "register_hooks", hooks))
         _undo.append(_add_keys(defaults._C))
         for name in catalog.SHAPES:
-            _undo.append(_add_dataset(name))
+            if name not in DatasetCatalog.list():  # somebody's own
+                _undo.append(_add_dataset(name))
     except BaseException:
         unregister()
         raise
@@ -98,17 +102,19 @@ def _check() -> None:
         is_plain = isinstance(function, types.FunctionType) and function.__closure__ is None
         return list(inspect.signature(function).parameters) if is_plain else None
 
+    def made(norm: str) -> nn.Module | None:
+        try:
+            return batch_norm.get_norm(norm, 4)
+        except Exception:  # a KeyError, of the norms that it does not know
+            return None
+
     expect(
         arguments(batch_norm.get_norm) == ["norm", "out_channels"],
         "detectron2.layers.get_norm to be a function get_norm(norm, out_channels)",
     )
-    try:
-        own = batch_norm.get_norm(NORM, 4)
-    except KeyError:
-        own = None
-    expect(own is None, f"detectron2.layers.get_norm to have no norm {NORM!r} of its own")
+    expect(made(NORM) is None, f"detectron2.layers.get_norm to have no norm {NORM!r} of its own")
     expect(
-        isinstance(batch_norm.get_norm("BN", 4), nn.BatchNorm2d),
+        isinstance(made("BN"), nn.BatchNorm2d),
         'detectron2.layers.get_norm("BN", channels) to be a BatchNorm2d',
     )
     expect(
@@ -198,9 +204,11 @@ def _with_reference_hook(register_hooks: Callable) -> Callable:
 
     @functools.wraps(register_hooks)
     def wrapped(self, hooks):
-        given = any(isinstance(hook, ReferenceBatchHook) for hook in hooks)
-        if given:  # it takes the place of one that was added here
-            self._hooks = [hook for hook in self._hooks if hook not in _added]
+        given = [hook for hook in hooks if isinstance(hook, ReferenceBatchHook)]
+        if given:  # it takes the place of one that was added here, and the checkpoint's state
+            for hook in _added.intersection(self._hooks):
+                self._hooks.remove(hook)
+                given[0].load_state_dict(hook.state_dict())
         elif _lacks_reference_hook(self):
             hook = ReferenceBatchHook()
             _added.add(hook)
@@ -253,12 +261,16 @@ def register_datasets(cfg) -> None:
     Raises:
         ValueError: an entry has another form, or its name is taken by other data.
     """
+    register()
     catalog.register_from_config(cfg)
-    for name, json_file, _ in cfg.DATASETS.get("REGISTER", ()):
+    for name, *files in cfg.DATASETS.get("REGISTER", ()):
         if name not in DatasetCatalog.list():
             _undo.append(_add_dataset(name))
-        elif (known := MetadataCatalog.get(name).get("json_file")) != str(Path(json_file)):
+            continue
+        metadata = MetadataCatalog.get(name)
+        known = [metadata.get("json_file"), metadata.get("image_root")]
+        if [Path(file or "") for file in known] != [Path(file) for file in files]:
             raise ValueError(
-                f"DATASETS.REGISTER: {name!r} is a dataset of Detectron2's already ({known}); give "
-                f"{json_file} another name."
+                f"DATASETS.REGISTER: {name!r} is a dataset of Detectron2's already ({known[0]}, "
+                f"images in {known[1]}); give {files[0]} another name."
             )

@@ -75,15 +75,20 @@ def identify(dataset: str, dataset_dicts: Sequence[dict], seed: int) -> dict:
     Plain containers, for the checkpoint. Reads every image file once: "file_name", or what "read"
     returns, where an image's dict holds such a function (an image in a tar file).
     """
-    images = [
-        {
-            "image_id": d["image_id"],
-            "file_name": os.path.basename(d["file_name"]),
-            "fingerprint": _fingerprint(d),
-        }
-        for d in dataset_dicts
-    ]
+    images = [{**_name(d), "fingerprint": _fingerprint(d)} for d in dataset_dicts]
     return {"dataset": dataset, "seed": seed, "images": images}
+
+
+def _name(dataset_dict: dict) -> dict:
+    if "file_name" not in dataset_dict:
+        raise ValueError(
+            "A reference batch is named by its images' files, and a dataset dict of the training "
+            f"set has no file_name: {', '.join(map(str, dataset_dict))} is what it has."
+        )
+    return {
+        "image_id": dataset_dict.get("image_id"),
+        "file_name": os.path.basename(dataset_dict["file_name"]),
+    }
 
 
 def find_again(identity: dict, dataset_dicts: Sequence[dict]) -> list[int]:
@@ -94,7 +99,7 @@ def find_again(identity: dict, dataset_dicts: Sequence[dict]) -> list[int]:
     """
     places = defaultdict(list)  # several, where joined datasets share ids and names
     for i, d in enumerate(dataset_dicts):
-        places[d["image_id"], os.path.basename(d["file_name"])].append(i)
+        places[tuple(_name(d).values())].append(i)
     found = []
     for image in identity["images"]:
         name = f"image {image['image_id']} ({image['file_name']}) of {identity['dataset']}"
@@ -133,13 +138,20 @@ def select(
         ValueError: there are too few images, or one of `identity` is gone or has changed.
     """
     if identity:
+        before = len(identity["images"]), identity["seed"]
+        if before != (options.num_images, options.seed):
+            logger.warning(
+                "Going on with the run's own reference batch of %d images, seed %d; "
+                "MODEL.REFBN.NUM_IMAGES = %d and SEED = %d have no effect on it.",
+                *before, options.num_images, options.seed,
+            )  # fmt: skip
         return find_again(identity, dataset_dicts), identity
     chosen = choose(dataset_dicts, options.num_images, options.seed, group_of)
     return chosen, identify(dataset, [dataset_dicts[i] for i in chosen], options.seed)
 
 
 def _fingerprint(dataset_dict: dict) -> str:
-    read = dataset_dict.get("read", Path(dataset_dict["file_name"]).read_bytes)
+    read = dataset_dict.get("read") or Path(dataset_dict["file_name"]).read_bytes
     digest = hashlib.sha256(read())
     annotations = dataset_dict.get("annotations", dataset_dict.get("label"))
     digest.update(json.dumps(annotations, sort_keys=True, default=str).encode())

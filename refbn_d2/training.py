@@ -5,6 +5,7 @@ the straight one without any random state in the checkpoint.
 """
 
 import logging
+import os
 import random
 import signal
 import sys
@@ -186,13 +187,10 @@ def check_output_dir(cfg, resume: bool, free_on_resume: tuple[str, ...]) -> None
     """
     output_dir = Path(cfg.OUTPUT_DIR)
     output_dir.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        check_not_overwritten(output_dir)
     if last_checkpoint_name(output_dir) is None:
         return
-    if not resume:
-        raise FileExistsError(
-            f"OUTPUT_DIR {output_dir} holds a run already. Go on with it by --resume, or name "
-            "another OUTPUT_DIR."
-        )
     before = dict(leaves(yaml.safe_load((output_dir / "config.yaml").read_text())))
     now = dict(leaves(yaml.safe_load(cfg.dump())))
     changed = [
@@ -208,6 +206,19 @@ def check_output_dir(cfg, resume: bool, free_on_resume: tuple[str, ...]) -> None
         )
 
 
+def check_not_overwritten(output_dir: Path) -> None:
+    """Returns if there is no run in `output_dir`.
+
+    Raises:
+        FileExistsError: there is.
+    """
+    if last_checkpoint_name(output_dir) is not None:
+        raise FileExistsError(
+            f"OUTPUT_DIR {output_dir} holds a run already. Go on with it by --resume, or name "
+            "another OUTPUT_DIR."
+        )
+
+
 def last_checkpoint(output_dir: Path) -> dict | None:
     """The checkpoint that `TrainingLoop` wrote last; None, with a warning, where there is none.
 
@@ -220,14 +231,23 @@ def last_checkpoint(output_dir: Path) -> dict | None:
         return None
     path = output_dir / name
     checkpoint = load_checkpoint(path)
-    missing = {"optimizer", "grad_scaler", "iteration", "seed"} - set(checkpoint)
+    check_resumable(path, checkpoint, ("optimizer", "grad_scaler", "iteration", "seed"))
+    return checkpoint
+
+
+def check_resumable(path: str | os.PathLike, checkpoint: dict, needed: Iterable[str]) -> None:
+    """Returns if a run can go on with `checkpoint`, which then has all `needed` keys.
+
+    Raises:
+        ValueError: it has not; names what it lacks.
+    """
+    missing = sorted(set(needed) - checkpoint.keys())
     if missing:
         raise ValueError(
             f"{path} was not written by a training run of this engine (it lacks "
-            f"{', '.join(sorted(missing))}), so --resume cannot go on with it. Start from "
-            f"it in another OUTPUT_DIR with MODEL.WEIGHTS {path}"
+            f"{', '.join(missing)}), so --resume cannot go on with it. Start from it in another "
+            f"OUTPUT_DIR with MODEL.WEIGHTS {path}"
         )
-    return checkpoint
 
 
 def last_checkpoint_name(output_dir: Path) -> str | None:

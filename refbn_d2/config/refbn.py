@@ -35,10 +35,13 @@ def add_refbn_model_config(cfg) -> None:
 
 @dataclass(frozen=True)
 class RefBNOptions:
-    """MODEL.REFBN, checked, with the reference weight resolved."""
+    """MODEL.REFBN, checked, with the reference weight resolved.
 
-    reference_weight: float | str = DEFAULT_REFERENCE_WEIGHT
-    gradient: str = "batch"
+    A reference weight or gradient of None leaves every layer its own.
+    """
+
+    reference_weight: float | str | None = DEFAULT_REFERENCE_WEIGHT
+    gradient: str | None = "batch"
     reference: str = "dataset"
     refresh: str = "ride"
     refresh_period: int = 4
@@ -48,8 +51,10 @@ class RefBNOptions:
     seed: int = 0
 
     def __post_init__(self):
-        _check_weight(self.reference_weight)
-        _check_choice("GRADIENT", self.gradient, GRADIENTS)
+        if self.reference_weight is not None:
+            _check_weight(self.reference_weight)
+        if self.gradient is not None:
+            _check_choice("GRADIENT", self.gradient, GRADIENTS)
         _check_choice("REFERENCE", self.reference, REFERENCES)
         _check_choice("REFRESH", self.refresh, REFRESHES)
         _check_int("REFRESH_PERIOD", self.refresh_period, 1)

@@ -9,6 +9,7 @@ import argparse
 import functools
 import logging
 import os
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from detectron2.evaluation import (
     verify_results,
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
@@ -44,7 +46,7 @@ from refbn_d2.distributed import available_device, launch
 from refbn_d2.engines import FREE_ON_RESUME
 from refbn_d2.hook import unwrapped
 from refbn_d2.pictures import SAMPLES_SHOWN, draw_samples, plot_curves, sample_item
-from refbn_d2.training import check_output_dir
+from refbn_d2.training import check_output_dir, check_resumable
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +88,7 @@ def _main(cfg: CfgNode, args: argparse.Namespace) -> None:
         check_output_dir(cfg, args.resume, FREE_ON_RESUME)
     comm.synchronize()  # all have read the old config.yaml
     default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="refbn_d2")
+    setup_log(cfg.OUTPUT_DIR)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, args.allow_partial_weights)
@@ -111,6 +113,13 @@ def join_workers(device: str, args: argparse.Namespace) -> None:
         defaults.create_ddp_model = functools.partial(defaults.create_ddp_model, device_ids=None)
 
 
+def setup_log(output_dir: str) -> None:
+    """This package's log beside Detectron2's; a traceback of a user's error in log.txt alone."""
+    for handler in setup_logger(output_dir, comm.get_rank(), name="refbn_d2").handlers:
+        if getattr(handler, "stream", None) is sys.stdout:
+            handler.setLevel(logging.INFO)
+
+
 class Trainer(DefaultTrainer):
     """DefaultTrainer with evaluators, pictures, and loading that fails loudly."""
 
@@ -125,7 +134,10 @@ class Trainer(DefaultTrainer):
         )
         built = super().build_hooks()
         if self.cfg.TEST.AUG.ENABLED:
-            built.insert(-1, hooks.EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model)))
+            # Behind the evaluation on every worker: worker 0 alone has hooks that write, later on.
+            evaluation = [type(hook) for hook in built].index(hooks.EvalHook)
+            augmented = hooks.EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))
+            built.insert(evaluation + 1, augmented)
         if comm.is_main_process():
             built.append(Curves(self.cfg.OUTPUT_DIR, self.cfg.TEST.EVAL_PERIOD))
         return built
@@ -194,25 +206,31 @@ class Checkpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self.allow_partial = allow_partial
 
-    def load(self, path: str, *args, **kwargs) -> dict:
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
         """As DetectionCheckpointer's.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: worker 0 has no such file.
             CheckpointError: it cannot be read, or does not fit the model.
+            ValueError: a run is to be resumed, and it is of another program's run.
         """
-        if path and "://" not in path and not os.path.isfile(path):
-            raise FileNotFoundError(f"{path}: there is no such checkpoint file (MODEL.WEIGHTS).")
-        return super().load(path, *args, **kwargs)
+        file = path.partition("?")[0]  # behind it: matching_heuristics=True
+        if path and "://" not in path and comm.is_main_process() and not os.path.isfile(file):
+            raise FileNotFoundError(f"{file}: there is no such checkpoint file (MODEL.WEIGHTS).")
+        self._needed = self.checkpointables if checkpointables is None else checkpointables
+        return super().load(path, checkpointables)
 
     def _load_file(self, filename: str) -> dict:
         self._source = filename
-        if filename.endswith(".pyth") or self._parsed_url_during_load.query:
+        url = getattr(self, "_parsed_url_during_load", None)  # release 0.6 has none
+        if filename.endswith(".pyth") or (url and url.query):
             return super()._load_file(filename)
         try:
-            return load_checkpoint(filename)
+            checkpoint = load_checkpoint(filename)
         except Caffe2Checkpoint:
             return super()._load_file(filename)
+        check_resumable(filename, checkpoint, self._needed)
+        return checkpoint
 
     def _load_model(self, checkpoint: dict) -> None:
         state = checkpoint.pop("model")
@@ -258,7 +276,8 @@ def draw_predictions(
 
     Nothing is drawn of data without annotations, nor of a model without instances.
     """
-    dicts = [d for d in DatasetCatalog.get(dataset_name)[:SAMPLES_SHOWN] if "annotations" in d]
+    shown = DatasetCatalog.get(dataset_name)[:SAMPLES_SHOWN]
+    dicts = [_boxes_as_coco_has_them(d) for d in shown if "annotations" in d]
     with inference_context(model), torch.no_grad():
         outputs = [model([mapper(d)])[0].get("instances") for d in dicts]
     items = [
@@ -269,6 +288,14 @@ def draw_predictions(
     if items:
         names = MetadataCatalog.get(dataset_name).thing_classes
         draw_samples(items, names, Path(output_dir) / "samples.png")
+
+
+def _boxes_as_coco_has_them(dataset_dict: dict) -> dict:
+    def converted(annotation: dict) -> dict:
+        mode = annotation["bbox_mode"]
+        return annotation | {"bbox": BoxMode.convert(annotation["bbox"], mode, BoxMode.XYWH_ABS)}
+
+    return dataset_dict | {"annotations": list(map(converted, dataset_dict["annotations"]))}
 
 
 def _fields(instances) -> dict:

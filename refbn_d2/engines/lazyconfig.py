@@ -9,23 +9,38 @@ CPU where there is no GPU.
 """
 
 import argparse
+import functools
 import logging
+from dataclasses import fields
+from pathlib import Path
 
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import AMPTrainer, SimpleTrainer, default_setup, default_writers, hooks
-from detectron2.engine.defaults import create_ddp_model
+from detectron2.engine import (
+    AMPTrainer,
+    SimpleTrainer,
+    default_setup,
+    default_writers,
+    defaults,
+    hooks,
+)
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from refbn_d2.config import RefBNOptions
-from refbn_d2.distributed import launch
-from refbn_d2.engines.detectron2 import Checkpointer, Curves, draw_predictions, join_workers
+from refbn_d2.config import ConfigError, RefBNOptions
+from refbn_d2.distributed import available_device, launch
+from refbn_d2.engines.detectron2 import (
+    Checkpointer,
+    Curves,
+    draw_predictions,
+    join_workers,
+    setup_log,
+)
 from refbn_d2.hook import ReferenceBatchHook, unwrapped
 from refbn_d2.layers import refbn_layers
+from refbn_d2.training import check_not_overwritten
 
 logger = logging.getLogger(__name__)
 
@@ -34,32 +49,51 @@ def run(args: argparse.Namespace) -> None:
     """What `tools/lazyconfig_train_net.py` does; see its `--help` for `args`.
 
     Raises:
-        ValueError: an option of `refbn` is out of range.
-        TypeError: `refbn` holds something that is no option.
+        ValueError: `refbn` holds what is no option, or is out of range.
+        FileExistsError: train.output_dir holds a run, and it is not to be resumed.
     """
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
-    if cfg.train.device == "cuda" and not torch.cuda.is_available():
-        logger.warning("train.device is cuda, and there is none here: using the CPU.")
-        cfg.train.device = "cpu"
+    cfg = _config(args.config_file, tuple(args.opts))
     _options(cfg)
     launch(
         _main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url,
-        torch.device(cfg.train.device).type, (cfg, args),
+        torch.device(cfg.train.device).type, (args,),
     )  # fmt: skip
 
 
+@functools.cache  # read again in a spawned worker: a config is a program, and may register data
+def _config(file: str, overrides: tuple[str, ...]) -> DictConfig:
+    cfg = LazyConfig.apply_overrides(LazyConfig.load(file), list(overrides))
+    cfg.train.device = available_device(cfg.train.device)
+    if cfg.train.amp.enabled and cfg.train.device == "cpu":
+        logger.warning("train.amp: Detectron2 has it on CUDA alone; training in float32.")
+        cfg.train.amp.enabled = False
+    return cfg
+
+
 def _options(cfg: DictConfig) -> RefBNOptions | None:
-    return RefBNOptions(**OmegaConf.to_container(cfg.refbn)) if "refbn" in cfg else None
+    """`refbn`, where there is one; the layers keep their own of what it does not set of theirs."""
+    if "refbn" not in cfg:
+        return None
+    try:
+        layers_own = {"reference_weight": None, "gradient": None}
+        return RefBNOptions(**layers_own | OmegaConf.to_container(cfg.refbn))
+    except TypeError as error:
+        known = ", ".join(field.name for field in fields(RefBNOptions))
+        raise ConfigError(f"refbn = {cfg.refbn}: {error}. Its options: {known}.") from error
 
 
-def _main(cfg: DictConfig, args: argparse.Namespace) -> None:
+def _main(args: argparse.Namespace) -> None:
     """In every worker."""
+    cfg = _config(args.config_file, tuple(args.opts))
     join_workers(cfg.train.device, args)
+    if not (args.resume or args.eval_only):
+        check_not_overwritten(Path(cfg.train.output_dir))
+    comm.synchronize()
     default_setup(cfg, args)
-    setup_logger(cfg.train.output_dir, comm.get_rank(), name="refbn_d2")
+    setup_log(cfg.train.output_dir)
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
-        model = create_ddp_model(model)
+        model = defaults.create_ddp_model(model)
         checkpointer = Checkpointer(model, "", args.allow_partial_weights)
         checkpointer.load(cfg.train.init_checkpoint)
         _evaluate(cfg, model)
@@ -71,7 +105,7 @@ def _train(cfg: DictConfig, args: argparse.Namespace, model: nn.Module) -> None:
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     loader = instantiate(cfg.dataloader.train)
-    model = create_ddp_model(model, **cfg.train.ddp)
+    model = defaults.create_ddp_model(model, **cfg.train.ddp)
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
     checkpointer = Checkpointer(
         model, cfg.train.output_dir, args.allow_partial_weights, trainer=trainer
@@ -101,8 +135,8 @@ def _evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:
     test = cfg.dataloader.test
     results = inference_on_dataset(model, instantiate(test), instantiate(cfg.dataloader.evaluator))
     print_csv_format(results)
-    if comm.is_main_process():
-        names = test.dataset.names
+    names = test.dataset.get("names")  # of get_detection_dataset_dicts
+    if names and comm.is_main_process():
         name = names if isinstance(names, str) else names[0]
         draw_predictions(unwrapped(model), name, instantiate(test.mapper), cfg.train.output_dir)
     return results

@@ -1,9 +1,8 @@
 """Which engine runs a config: Detectron2, or torchvision's operators where it is not installed."""
 
-import logging
+import importlib.util
+import sys
 from types import ModuleType
-
-logger = logging.getLogger(__name__)
 
 ENGINES = ("auto", "detectron2", "torchvision")
 
@@ -14,20 +13,27 @@ def select(name: str) -> ModuleType:
     Raises:
         ImportError: "detectron2", and it cannot be imported.
     """
+    why = ""
     if name != "torchvision":
         try:
             from refbn_d2.engines import detectron2
 
-            logger.info("Engine: Detectron2.")
+            _say("Engine: Detectron2.")
             return detectron2
-        except ImportError as error:  # not installed, or not one that RefBN can be registered with
+        except Exception as error:  # half installed, or not one that RefBN can be registered with
             if name == "detectron2":
                 raise ImportError(
                     f"--engine detectron2: Detectron2 cannot be imported ({error}). Its guide says "
                     "how to install it: https://detectron2.readthedocs.io/en/latest/tutorials/"
                     "install.html; --engine torchvision needs none."
                 ) from error
+            installed = importlib.util.find_spec("detectron2")
+            why = f" ({error})" if installed else " (Detectron2 is not installed)"
     from refbn_d2.engines import torchvision
 
-    logger.info("Engine: torchvision's operators.")
+    _say(f"Engine: torchvision's operators{why}.")
     return torchvision
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)  # the log is set up later, in each worker
