@@ -96,6 +96,44 @@ def plot_curves(metrics_json: str | os.PathLike, path: str | os.PathLike) -> Non
     _save(figure, path, dpi=130)
 
 
+def compare_curves(
+    runs: Mapping[str, str | os.PathLike],
+    metrics: Mapping[str, str],
+    path: str | os.PathLike,
+) -> None:
+    """One panel a metric, one line a run, in one PNG. Losses have a logarithmic axis.
+
+    Args:
+        runs: {label: metrics.json}, as `plot_curves` reads it. A run without a metric has no line.
+        metrics: {name in metrics.json: title of the panel}.
+        path: the PNG.
+
+    Raises:
+        FileNotFoundError: there is no such file of metrics.
+        ValueError: a file cannot be read, or no run has a metric.
+    """
+    curves = {label: _read_curves(Path(file)) for label, file in runs.items()}
+    figure = Figure(figsize=(4.8 * len(metrics) + 1.2, 3.9), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    for ax, (name, title) in zip(
+        figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True
+    ):
+        _style(ax, title)
+        drawn = [(label, *c[name]) for label, c in curves.items() if name in c]
+        if not drawn:
+            raise ValueError(f"none of {', '.join(map(str, runs.values()))} has {name!r}.")
+        colors = dict(zip(curves, COLORS * len(curves), strict=False))
+        for label, x, y in drawn:
+            last = f"  {y[np.isfinite(y)][-1]:.3g}"
+            _noisy_line(ax, x, y, color=colors[label], linewidth=2.0, label=label + last)
+        if _LOSS.fullmatch(name):
+            _log_axis(ax)
+        else:
+            ax.set_ylim(bottom=0)
+        ax.legend(frameon=False, fontsize=8.5, labelcolor=_INK)
+    _save(figure, path, dpi=130)
+
+
 def _read_curves(file: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """name: (iterations, values), iterations ascending."""
     if not file.is_file():
@@ -176,13 +214,17 @@ def _draw_losses(ax: Axes, losses: Mapping[str, tuple[np.ndarray, np.ndarray]]) 
         label = "total" if total else name.removeprefix("loss_").replace("/", " ")
         _noisy_line(ax, x, y, label=label, **style)
     if all((y[np.isfinite(y)] > 0).all() for _, y in losses.values()):
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_locator(NullLocator())
+        _log_axis(ax)
     ax.legend(
         loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize=8.5, labelcolor=_INK
     )
+
+
+def _log_axis(ax: Axes) -> None:
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def _draw_metrics(

@@ -6,7 +6,14 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 
-from refbn_d2.pictures import COLORS, _read_curves, _smooth, draw_samples, plot_curves
+from refbn_d2.pictures import (
+    COLORS,
+    _read_curves,
+    _smooth,
+    compare_curves,
+    draw_samples,
+    plot_curves,
+)
 
 RGB = [tuple(round(255 * v) for v in to_rgb(color)) for color in COLORS]
 
@@ -267,3 +274,35 @@ def test_odd_inputs(tmp_path):
         draw_samples([], NAMES, tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["s.png"]
+
+
+# ---- comparison
+
+
+def test_compare_curves(tmp_path):
+    """A colour for each run in every panel, also where another run lacks the metric."""
+    a = write(tmp_path / "a.json", records(100))
+    b = write(tmp_path / "b.json", records(100, ["loss_x", "total_loss"]))
+    c = write(tmp_path / "c.json", records(100, ["lr", "loss_x", "bbox/AP", "total_loss"]))
+    metrics = {"total_loss": "Loss", "bbox/AP": "AP"}
+    compare_curves({"A": a, "B": b, "C": c}, metrics, tmp_path / "made" / "c.png")
+    losses, precisions = np.split(read(tmp_path / "made" / "c.png"), 2, axis=1)
+    for color in RGB[:3]:
+        assert count(losses, color) > 100
+    assert count(precisions, RGB[0]) > 100 and count(precisions, RGB[2]) > 100
+    assert not count(precisions, RGB[1])
+
+
+@pytest.mark.parametrize(
+    "runs, metric, error, match",
+    [
+        ({"A": "absent.json"}, "bbox/AP", FileNotFoundError, r"absent\.json"),
+        ({"A": "a.json"}, "bbox/APx", ValueError, r"a\.json has 'bbox/APx'"),
+    ],
+)
+def test_compare_curves_errors(tmp_path, runs, metric, error, match):
+    write(tmp_path / "a.json", records(3))
+    runs = {label: tmp_path / file for label, file in runs.items()}
+    with pytest.raises(error, match=match):
+        compare_curves(runs, {metric: "AP"}, tmp_path / "c.png")
+    assert not (tmp_path / "c.png").exists()
