@@ -5,6 +5,7 @@ setup(
     version="0.1.0",
     description="Reference batch normalization for detection and segmentation with Detectron2",
     packages=find_packages(include=["refbn_d2", "refbn_d2.*"]),
+    package_data={"refbn_d2": ["*.jinja"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.15,<3",
@@ -20,6 +21,7 @@ setup(
         "pyyaml>=6.0,<7",
         "timm>=1.0.31,<2",
         "safetensors>=0.8,<1",
+        "jinja2>=3.1,<4",
     ],
     extras_require={
         "test": [
