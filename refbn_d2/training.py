@@ -97,6 +97,8 @@ class TrainingLoop(ABC):
             remove_unfinished(self.output_dir)
             write_text(self.output_dir / "config.yaml", self.cfg.dump())
             writer = EventWriter(self.output_dir, self.start_iteration, self.max_iter)
+        if self.device.type == "cpu":
+            distributed.keep_freed_memory()
         batches = iter(self.loader)
         self.model.train()
         with _stop_signal() as stop:
