@@ -122,7 +122,8 @@ def _about(before: Contents, after: Contents, target: Path) -> str:
         lines.append("Detectron2 itself reads .pkl and .pth alone.")
     elif after.classes is not None:
         lines.append('The classifier is under "classifier", where Detectron2 does not look.')
-    config = after.config()
+    lines += ["MODEL.WEIGHTS takes it with", config_lines(after.config())]
     if before.layout == "torchvision":
-        config |= TORCHVISION_INPUT
-    return "\n".join([*lines, "MODEL.WEIGHTS takes it with", config_lines(config)])
+        lines.append("and, unless it was trained with others (no tensor tells), torchvision's own")
+        lines.append(config_lines(TORCHVISION_INPUT))
+    return "\n".join(lines)
