@@ -106,7 +106,7 @@ def steps(out: str, changes: dict[str, list[str]]) -> list[Step]:
                     "--config-file", f"configs/quickstart/mask_rcnn_R_18_FPN_{norm}.yaml",
                     "MODEL.WEIGHTS", f"{out}/{weights}" if weights else "",
                     "OUTPUT_DIR", f"{out}/{name}", *changes["finetune"],
-                ), 22, output_dir=f"{out}/{name}",
+                ), 18, output_dir=f"{out}/{name}",
             )
         )  # fmt: skip
     exported = f"{out}/mask_rcnn_frozenbn.pth"
@@ -249,7 +249,7 @@ def write_report(folder: Path, todo: list[Step], record: Record) -> Path:
     )
     compare_curves(
         {label: folder / name / "metrics.json" for name, label in RUNS.items()},
-        {"total_loss": "Mask R-CNN: loss", "bbox/AP": "Mask R-CNN: box AP on shapes_val"},
+        {"total_loss": "Mask R-CNN: loss", "loss_cls": "Mask R-CNN: loss of the classes"},
         folder / "finetuning.png",
     )
     pictures = {

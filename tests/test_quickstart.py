@@ -189,7 +189,7 @@ def measured(tmp_path):
         names = [f"{task}/{ap}" for task in ("bbox", "segm") for ap in ("AP", "AP50", "AP75")]
         names += ["val/top1", "val/top5"]
         values = {name: 10 * number + i + 0.25 for i, name in enumerate(names)}
-        lines = [{"iteration": 19, "total_loss": 2.0}, {"iteration": 39, "total_loss": 1.0}]
+        lines = [{"iteration": 19, "total_loss": 2.0, "loss_cls": 1.0}, {"iteration": 39}]
         (folder / "metrics.json").write_text(
             "".join(json.dumps(line) + "\n" for line in [*lines, {"iteration": 39, **values}])
         )
