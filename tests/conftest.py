@@ -25,7 +25,7 @@ def tiny_shapes(tmp_path_factory):
 
 @pytest.fixture
 def tiny_cfg(tiny_shapes, tmp_path, request):
-    """Mask R-CNN R-18-FPN with RefBN for `tiny_shapes`: some steps a second on one core."""
+    """Mask R-CNN R-18-FPN, RefBN everywhere, for `tiny_shapes`: some steps a second on one core."""
     from refbn_d2.config import get_cfg
 
     cfg = get_cfg()
@@ -40,6 +40,9 @@ def tiny_cfg(tiny_shapes, tmp_path, request):
             "INPUT.MIN_SIZE_TRAIN", [64], "INPUT.MIN_SIZE_TEST", 64,
             "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 8, "SOLVER.CHECKPOINT_PERIOD", 4,
             "SOLVER.BASE_LR", 0.002, "SOLVER.AMP.ENABLED", False, "TEST.EVAL_PERIOD", 0,
+            "MODEL.ROI_BOX_HEAD.NUM_CONV", 2, "MODEL.ROI_BOX_HEAD.CONV_DIM", 64,
+            "MODEL.ROI_BOX_HEAD.NUM_FC", 1, "MODEL.ROI_BOX_HEAD.FC_DIM", 256,
+            "MODEL.ROI_BOX_HEAD.NORM", "RefBN", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 32,
             "MODEL.REFBN.NUM_IMAGES", 4, "MODEL.REFBN.SLICE_SIZE", 2,
             "MODEL.REFBN.REFRESH_PERIOD", 3,
             "MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0, "SEED", 3,
