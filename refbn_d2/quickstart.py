@@ -57,17 +57,20 @@ def steps(out: str, changes: dict[str, list[str]]) -> list[Step]:
             ("-m", "refbn_d2.data.shapes", "--classification"), 1,
         ),
     ]  # fmt: skip
-    for norm in ("RefBN", "BN"):
+    for norm, text in (
+        (
+            "RefBN",
+            "Its norms compare every batch with a reference batch of 32 training pictures, drawn "
+            "once, of which 8 ride along every 4 steps.",
+        ),
+        ("BN", "The same recipe with BatchNorm, to compare."),
+    ):
         low = norm.lower()
         folder = f"{out}/pretrain_{low}"
         listed.append(
             Step(
                 f"pretrain_{low}", f"Pretrain ResNet-18 with {norm}",
-                "A classifier, from random weights. " + {
-                    "RefBN": "Its norms compare every batch with a reference batch of 32 training "
-                    "pictures, drawn once, of which 8 ride along every 4 steps.",
-                    "BN": "The same recipe with BatchNorm, to compare.",
-                }[norm],
+                f"A classifier, from random weights. {text}",
                 (
                     "tools/pretrain_imagenet.py",
                     "--config-file", f"configs/pretrain/shapes_resnet18_{low}.yaml",
@@ -87,24 +90,29 @@ def steps(out: str, changes: dict[str, list[str]]) -> list[Step]:
                 ), 1, leaves=weights,
             )
         )  # fmt: skip
-    for name, title, norm, weights in (
-        ("refbn", "Fine-tune Mask R-CNN from the RefBN backbone", "refbn", "resnet18_refbn.pkl"),
-        ("bn", "Fine-tune Mask R-CNN from the BN backbone", "bn", "resnet18_bn.pkl"),
-        ("scratch", "Train Mask R-CNN from scratch", "refbn", ""),
-    ):
+    for name, title, text, norm, weights in (
+        (
+            "refbn", "Fine-tune Mask R-CNN from the RefBN backbone",
+            "RefBN in backbone, FPN and mask head; its reference is captured anew, on the "
+            "detection pictures.",
+            "refbn", f"{out}/resnet18_refbn.pkl",
+        ),
+        (
+            "bn", "Fine-tune Mask R-CNN from the BN backbone",
+            "The same with BatchNorm.", "bn", f"{out}/resnet18_bn.pkl",
+        ),
+        (
+            "scratch", "Train Mask R-CNN from scratch",
+            "RefBN without pretraining, as many steps.", "refbn", "",
+        ),
+    ):  # fmt: skip
         listed.append(
             Step(
-                name, title,
-                {
-                    "refbn": "RefBN in backbone, FPN and heads; its reference is captured anew, on "
-                    "the detection pictures.",
-                    "bn": "The same with BatchNorm everywhere.",
-                    "scratch": "RefBN without pretraining, as many steps.",
-                }[name],
+                name, title, text,
                 (
                     "tools/train_net.py", "--engine", "torchvision",
                     "--config-file", f"configs/quickstart/mask_rcnn_R_18_FPN_{norm}.yaml",
-                    "MODEL.WEIGHTS", f"{out}/{weights}" if weights else "",
+                    "MODEL.WEIGHTS", weights,
                     "OUTPUT_DIR", f"{out}/{name}", *changes["finetune"],
                 ), 18, output_dir=f"{out}/{name}",
             )
