@@ -99,7 +99,7 @@ def test_estimate(tmp_path, script):
     assert record.estimate(todo) == " (about 2 min left)"
 
 
-@pytest.mark.parametrize("stop, code", [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+@pytest.mark.parametrize("stop, code", [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
 def test_stopped_from_outside(tmp_path, script, stop, code):
     """The step is told to stop too, may finish what it is at, and is not called done."""
     waits = (
@@ -126,7 +126,7 @@ def test_stopped_from_outside(tmp_path, script, stop, code):
         os.killpg(parent.pid, stop)
     else:
         parent.send_signal(stop)
-    parent.wait(timeout=30)
+    assert parent.wait(timeout=30) == code
     assert Path(step.command[0] + ".saved").exists()
     assert not json.loads((tmp_path / "steps.json").read_text())["training"]["done"]
 
