@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Pretrain a classifier on ImageNet or other labelled images; write its Detectron2 backbone."""
 
-from refbn_d2.arguments import default_argument_parser, run_or_exit
+from refbn_d2.utils.arguments import default_argument_parser, run_or_exit
 from refbn_d2.pretrain import run
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 
 import argparse
 
-from refbn_d2.arguments import default_argument_parser, run_or_exit
+from refbn_d2.utils.arguments import default_argument_parser, run_or_exit
 from refbn_d2.engines.select import ENGINES, select
 
 

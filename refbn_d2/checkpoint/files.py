@@ -21,8 +21,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .names import backbone_prefix, resnet_name, to_detectron2
-from .resnets import ResNet, which_resnet
+from refbn_d2.checkpoint.names import backbone_prefix, resnet_name, to_detectron2
+from refbn_d2.checkpoint.resnets import ResNet, which_resnet
 
 logger = logging.getLogger(__name__)
 

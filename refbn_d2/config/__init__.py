@@ -1,7 +1,7 @@
 """Detectron2's config keys with Detectron2's defaults, and this package's own."""
 
 from refbn_d2.config.detectron2_defaults import add_detectron2_defaults
-from refbn_d2.config.node import CfgNode, ConfigError
+from refbn_d2.config.cfg_node import CfgNode, ConfigError
 from refbn_d2.config.refbn import RefBNOptions, add_refbn_config, refbn_options
 
 __all__ = [

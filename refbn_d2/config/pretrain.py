@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from refbn_d2.config.node import CfgNode, ConfigError, leaves
+from refbn_d2.config.cfg_node import CfgNode, ConfigError, leaves
 from refbn_d2.config.refbn import add_refbn_model_config
 
 

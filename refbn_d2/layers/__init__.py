@@ -1,6 +1,6 @@
-from .conversion import convert_from_refbn, convert_to_refbn, fold
-from .functional import ref_batch_norm
-from .ref_batch_norm import Moments, RefBatchNorm2d, refbn_layers
+from refbn_d2.layers.convert import convert_from_refbn, convert_to_refbn, fold
+from refbn_d2.layers.functional import ref_batch_norm
+from refbn_d2.layers.ref_batch_norm import Moments, RefBatchNorm2d, refbn_layers
 
 __all__ = [
     "Moments",

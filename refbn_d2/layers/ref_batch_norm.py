@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import GRADIENTS, batch_moments, mix_moments, ref_batch_norm
+from refbn_d2.layers.functional import GRADIENTS, batch_moments, mix_moments, ref_batch_norm
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ import argparse
 
 from refbn_d2.config import refbn_options
 from refbn_d2.config.pretrain import check_pretrain_config, get_pretrain_cfg
-from refbn_d2.distributed import available_device, launch
+from refbn_d2.utils.distributed import available_device, launch
 
-from .trainer import main
+from refbn_d2.pretrain.trainer import main
 
 
 def run(args: argparse.Namespace) -> dict[str, float]:

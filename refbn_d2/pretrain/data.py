@@ -29,11 +29,11 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from refbn_d2 import distributed
+from refbn_d2.utils import distributed
 from refbn_d2.config import ConfigError
 from refbn_d2.data import shapes
 from refbn_d2.data.samplers import GroupedBatchSampler, start_worker
-from refbn_d2.training import seed_everything
+from refbn_d2.training.loop import seed_everything
 
 logger = logging.getLogger(__name__)
 

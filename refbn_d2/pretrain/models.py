@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from refbn_d2.config import ConfigError, refbn_options
 from refbn_d2.layers import RefBatchNorm2d, convert_to_refbn
-from refbn_d2.layers.conversion import replace_modules
+from refbn_d2.layers.convert import replace_modules
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,12 @@ from timm.utils import ModelEmaV3, accuracy
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from refbn_d2 import distributed
+from refbn_d2.utils import distributed
 from refbn_d2.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from refbn_d2.config import ConfigError, refbn_options
-from refbn_d2.events import EventWriter, setup_logging
-from refbn_d2.reference import ReferenceBatch, select
-from refbn_d2.training import (
+from refbn_d2.training.events import EventWriter, setup_logging
+from refbn_d2.reference.batch import ReferenceBatch, select
+from refbn_d2.training.loop import (
     TrainingLoop,
     check_output_dir,
     last_checkpoint,
@@ -31,8 +31,8 @@ from refbn_d2.training import (
     seed_of_run,
 )
 
-from .backbone import resnet_keys, write_backbone
-from .data import (
+from refbn_d2.pretrain.backbone import resnet_keys, write_backbone
+from refbn_d2.pretrain.data import (
     ImageSet,
     Samples,
     Unreadable,
@@ -41,7 +41,7 @@ from .data import (
     build_transform,
     load_images,
 )
-from .models import build_model, check_num_classes
+from refbn_d2.pretrain.models import build_model, check_num_classes
 
 logger = logging.getLogger(__name__)
 

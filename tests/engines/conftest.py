@@ -85,7 +85,7 @@ def mask_rcnn(mask_rcnn_cfg):
 @pytest.fixture
 def small_picture(monkeypatch):
     """A quarter of the pixels, for the sake of time."""
-    from refbn_d2.engines import verify
+    from refbn_d2.export import verify
 
     monkeypatch.setattr(verify, "PICTURE", (128, 160))
 
@@ -93,6 +93,6 @@ def small_picture(monkeypatch):
 @pytest.fixture
 def no_detectron2(monkeypatch):
     """As if Detectron2 were not installed."""
-    from refbn_d2.engines import verify
+    from refbn_d2.export import verify
 
     monkeypatch.setattr(verify, "_detectron2", lambda cfg: None)

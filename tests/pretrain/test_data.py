@@ -17,7 +17,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from refbn_d2.config import ConfigError
 from refbn_d2.data import shapes
-from refbn_d2.data.shapes import CLASSES, DOMAINS
+from refbn_d2.data.shapes.drawing import CLASSES, DOMAINS
 from refbn_d2.pretrain.data import (
     ImageSet,
     Samples,

@@ -3,10 +3,10 @@
 import argparse
 
 from refbn_d2.config import get_cfg, refbn_options
-from refbn_d2.distributed import available_device, launch
+from refbn_d2.utils.distributed import available_device, launch
 
-from .supported import check_supported
-from .trainer import main
+from refbn_d2.engines.torchvision.supported import check_supported
+from refbn_d2.engines.torchvision.trainer import main
 
 
 def run(args: argparse.Namespace):

@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from refbn_d2 import distributed
+from refbn_d2.utils import distributed
 from refbn_d2.checkpoint.files import load_checkpoint, load_weights, write_text
 from refbn_d2.config import ConfigError, refbn_options
 from refbn_d2.engines import FREE_ON_RESUME
-from refbn_d2.events import setup_logging
+from refbn_d2.training.events import setup_logging
 from refbn_d2.layers import refbn_layers
 from refbn_d2.metrics import coco_ap
-from refbn_d2.pictures import SAMPLES_SHOWN, draw_samples, sample_item
-from refbn_d2.reference import ReferenceBatch, image_rows, is_landscape, select
-from refbn_d2.training import (
+from refbn_d2.visualization.samples import SAMPLES_SHOWN, draw_samples, sample_item
+from refbn_d2.reference.batch import ReferenceBatch, image_rows, is_landscape, select
+from refbn_d2.training.loop import (
     TrainingLoop,
     check_output_dir,
     last_checkpoint,
@@ -25,7 +25,7 @@ from refbn_d2.training import (
     seed_of_run,
 )
 
-from .data import (
+from refbn_d2.engines.torchvision.data import (
     LoadedDataset,
     Mapper,
     build_test_loader,
@@ -34,8 +34,8 @@ from .data import (
     load_test_dicts,
     load_train_dicts,
 )
-from .modeling import build_model
-from .solver import build_optimizer, gradient_clipper, lr_multiplier
+from refbn_d2.engines.torchvision.modeling import build_model
+from refbn_d2.engines.torchvision.solver import build_optimizer, gradient_clipper, lr_multiplier
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .backbone import build_backbone, get_norm
-from .boxes import clip_boxes, nonempty
-from .masks import paste_masks
-from .roi_heads import build_roi_heads
-from .rpn import RPN, Targets
+from refbn_d2.engines.torchvision.modeling.backbone import build_backbone, get_norm
+from refbn_d2.engines.torchvision.modeling.boxes import clip_boxes, nonempty
+from refbn_d2.engines.torchvision.modeling.masks import paste_masks
+from refbn_d2.engines.torchvision.modeling.roi_heads import build_roi_heads
+from refbn_d2.engines.torchvision.modeling.rpn import RPN, Targets
 
 __all__ = ["GeneralizedRCNN", "build_model", "get_norm"]
 
