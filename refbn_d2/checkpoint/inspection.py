@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from refbn_d2.checkpoint.convert import Contents, all_tensors, identify, misfits
-from refbn_d2.checkpoint.files import WRAPPERS, CheckpointError, file_format, listing, load_checkpoint
+from refbn_d2.checkpoint.files import WRAPPERS, file_format, load_checkpoint
 from refbn_d2.checkpoint.resnets import SCALARS
+from refbn_d2.utils.errors import CheckpointError, listing
 
 FORMATS = {"torch": "torch.save", "pickle": "pickle of arrays", "safetensors": "safetensors"}
 LAYOUTS = {"torchvision": "torchvision's (and timm's)", "detectron2": "Detectron2's"}

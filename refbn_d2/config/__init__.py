@@ -1,8 +1,9 @@
 """Detectron2's config keys with Detectron2's defaults, and this package's own."""
 
+from refbn_d2.config.cfg_node import CfgNode
 from refbn_d2.config.detectron2_defaults import add_detectron2_defaults
-from refbn_d2.config.cfg_node import CfgNode, ConfigError
 from refbn_d2.config.refbn import RefBNOptions, add_refbn_config, refbn_options
+from refbn_d2.utils.errors import ConfigError
 
 __all__ = [
     "CfgNode",

@@ -8,13 +8,11 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode as _CfgNode
 
+from refbn_d2.utils.errors import ConfigError
+
 logger = logging.getLogger(__name__)
 
 OTHER_ENGINE = "run it on Detectron2 (--engine detectron2)"
-
-
-class ConfigError(ValueError):
-    """A config file, key or value that cannot be used. The message names it and the way out."""
 
 
 class CfgNode(_CfgNode):

@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from refbn_d2.config.cfg_node import CfgNode, ConfigError, leaves
+from refbn_d2.config.cfg_node import CfgNode, leaves
 from refbn_d2.config.refbn import add_refbn_model_config
+from refbn_d2.utils.errors import ConfigError
 
 
 class PretrainCfgNode(CfgNode):

@@ -4,18 +4,14 @@ import os
 from pathlib import Path
 
 from refbn_d2.checkpoint.convert import TORCHVISION_INPUT, Contents, convert, identify, pack
+from refbn_d2.checkpoint.files import load_checkpoint, save_checkpoint
 from refbn_d2.checkpoint.inspection import config_lines
-from refbn_d2.checkpoint.files import (
-    CheckpointError,
-    load_checkpoint,
-    save_checkpoint,
-    write_bytes,
-)
 from refbn_d2.config import CfgNode, ConfigError, get_cfg
-
-from refbn_d2.export.programs import export
 from refbn_d2.engines.torchvision.supported import get
+from refbn_d2.export.programs import export
 from refbn_d2.export.verify import verify
+from refbn_d2.utils.errors import CheckpointError
+from refbn_d2.utils.file_io import write_bytes
 
 # What can be written, and by which suffixes.
 TARGETS = {

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from refbn_d2.checkpoint.convert import Contents
-from refbn_d2.checkpoint.files import CheckpointError
 from refbn_d2.config import CfgNode
-from refbn_d2.layers import fold
-
 from refbn_d2.engines.torchvision.modeling.backbone import build_backbone
 from refbn_d2.engines.torchvision.supported import check_supported
 from refbn_d2.export.verify import compare, load, model_config, resnet_config, resnet_state
+from refbn_d2.layers import fold
+from refbn_d2.utils.errors import CheckpointError
 
 STRIDE = 32
 

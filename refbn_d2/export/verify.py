@@ -14,16 +14,16 @@ from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from refbn_d2.checkpoint.convert import TORCHVISION_INPUT, Contents
-from refbn_d2.checkpoint.files import EXPENDABLE, CheckpointError
+from refbn_d2.checkpoint.loading import EXPENDABLE
 from refbn_d2.checkpoint.resnets import BLOCKS
 from refbn_d2.config import CfgNode, get_cfg
 from refbn_d2.config.cfg_node import leaves
 from refbn_d2.data.shapes.drawing import draw_detection
-from refbn_d2.layers import convert_to_refbn
-
 from refbn_d2.engines.torchvision.modeling import build_model
 from refbn_d2.engines.torchvision.modeling.backbone import build_backbone, get_norm
 from refbn_d2.engines.torchvision.supported import check_supported
+from refbn_d2.layers import convert_to_refbn
+from refbn_d2.utils.errors import CheckpointError
 
 TOLERANCE = 1e-4
 PICTURE = (256, 320)  # H, W

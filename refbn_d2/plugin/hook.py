@@ -29,7 +29,10 @@ from tqdm import tqdm
 
 from refbn_d2.config import RefBNOptions, refbn_options
 from refbn_d2.layers import refbn_layers
-from refbn_d2.reference.batch import ReferenceBatch, image_rows, is_landscape, seeded, select
+from refbn_d2.reference.batch import ReferenceBatch
+from refbn_d2.reference.detection import image_rows
+from refbn_d2.reference.selection import is_landscape, select_reference
+from refbn_d2.utils.random_state import seeded
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +174,7 @@ class _Images(NamedTuple):
 
 
 class _WithFiles(Sequence):
-    """Dataset dicts whose files `select` reads as Detectron2 does, from wherever they are."""
+    """Dataset dicts whose files `select_reference` reads as Detectron2 does, from anywhere."""
 
     def __init__(self, dicts: Sequence[dict]) -> None:
         self.dicts = dicts
@@ -199,7 +202,7 @@ def _images(data_loader: Iterable) -> _Images:
         raise TypeError(
             f"RefBN cannot choose a reference batch from a {type(data_loader).__name__}: it needs "
             "dataset dicts that can be indexed, as in build_detection_train_loader. Register "
-            "refbn_d2.hook.ReferenceBatchHook(dataset=..., mapper=...) with some of your own."
+            "refbn_d2.plugin.ReferenceBatchHook(dataset=..., mapper=...) with some of your own."
         )
     return _Images(inside._dataset, inside._map_func, grouped)
 
@@ -214,7 +217,7 @@ def _reference_batch(
 ) -> ReferenceBatch:
     dataset = " + ".join(dataset_names) or "the training set"
     group_of = is_landscape if images.grouped else lambda dataset_dict: None
-    chosen, identity = select(_WithFiles(images.dicts), options, dataset, group_of, state)
+    chosen, identity = select_reference(_WithFiles(images.dicts), options, dataset, group_of, state)
     with seeded(options.seed):  # Detectron2's augmentations draw from the global generators
         samples = [
             _sample(images, index) for index in tqdm(chosen, "reference batch", disable=None)

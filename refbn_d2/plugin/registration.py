@@ -25,6 +25,7 @@ from torch import nn
 from refbn_d2.config import add_refbn_config, refbn_options
 from refbn_d2.data import catalog
 from refbn_d2.layers import RefBatchNorm2d, refbn_layers
+from refbn_d2.plugin.patching import originals, replace_attribute, replace_code
 
 # From the file: while an environment module runs, the package does not have it yet.
 _VERSION = re.search(r"__version__ = [\"'](.+)[\"']", Path(detectron2.__file__).read_text())
@@ -50,7 +51,6 @@ NORM = "RefBN"
 logger = logging.getLogger(__name__)
 
 _undo: list[Callable[[], None]] = []  # what takes the registration back, in the order it was made
-_originals: dict[str, Callable] = {}  # Detectron2's own functions
 _added: weakref.WeakSet = weakref.WeakSet()  # hooks that nobody asked for
 
 
@@ -69,11 +69,11 @@ def register() -> None:
     _check()
     head = RetinaNetHead.__init__.__wrapped__  # behind @configurable
     try:
-        _undo.append(_replace_code(batch_norm.get_norm, _get_norm))
-        _undo.append(_replace_code(build.build_model, _build_model))
-        _undo.append(_replace(RetinaNetHead, "__init__", _one_layer_a_level(head)))
+        _undo.append(replace_code(batch_norm.get_norm, _get_norm))
+        _undo.append(replace_code(build.build_model, _build_model))
+        _undo.append(replace_attribute(RetinaNetHead, "__init__", _one_layer_a_level(head)))
         hooks = _with_reference_hook(TrainerBase.register_hooks)
-        _undo.append(_replace(TrainerBase, "register_hooks", hooks))
+        _undo.append(replace_attribute(TrainerBase, "register_hooks", hooks))
         _undo.append(_add_keys(defaults._C))
         for name in catalog.SHAPES:
             if name not in DatasetCatalog.list():  # somebody's own
@@ -87,7 +87,7 @@ def unregister() -> None:
     """Leave Detectron2 as it was before `register`."""
     while _undo:
         _undo.pop()()
-    _originals.clear()
+    originals.clear()
 
 
 def _check() -> None:
@@ -136,37 +136,23 @@ def _check() -> None:
 # that it stays the same object. Its globals stay Detectron2's: it imports what it calls.
 
 
-def _replace_code(function: types.FunctionType, replacement: types.FunctionType):
-    _originals[function.__name__] = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__
-    )
-    code, function.__code__ = function.__code__, replacement.__code__
-    return lambda: setattr(function, "__code__", code)
-
-
-def _replace(owner: type, name: str, value) -> Callable[[], None]:
-    old = vars(owner)[name]
-    setattr(owner, name, value)
-    return lambda: setattr(owner, name, old)
-
-
 def _get_norm(norm, out_channels):
-    from refbn_d2 import plugin
+    from refbn_d2.plugin import registration
 
-    return plugin.norm_layer(norm, out_channels)
+    return registration.norm_layer(norm, out_channels)
 
 
 def norm_layer(norm, out_channels: int) -> nn.Module | None:
     """What `detectron2.layers.get_norm` returns while RefBN is registered."""
     if isinstance(norm, str) and norm == NORM:
         return RefBatchNorm2d(out_channels)
-    return _originals["get_norm"](norm, out_channels)
+    return originals["get_norm"](norm, out_channels)
 
 
 def _build_model(cfg):
-    from refbn_d2 import plugin
+    from refbn_d2.plugin import registration
 
-    return plugin.model_of(cfg)
+    return registration.model_of(cfg)
 
 
 def model_of(cfg) -> nn.Module:
@@ -177,7 +163,7 @@ def model_of(cfg) -> nn.Module:
     """
     options = refbn_options(cfg)
     register_datasets(cfg)
-    model = _originals["build_model"](cfg)
+    model = originals["build_model"](cfg)
     apply_options(model, options)
     return model
 

@@ -2,7 +2,7 @@
 
 A training loop of any engine, around its own steps::
 
-    chosen, identity = select(dataset_dicts, options, "coco_2017_train")
+    chosen, identity = select_reference(dataset_dicts, options, "coco_2017_train")
     samples = [mapper(dataset_dicts[i]) for i in chosen]
     reference = ReferenceBatch(model, samples, forward, options, identity)
     reference.begin()
@@ -13,149 +13,22 @@ A training loop of any engine, around its own steps::
         optimizer.step()
 """
 
-import hashlib
-import json
 import logging
-import os
-import random
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refbn_d2.config import RefBNOptions
 from refbn_d2.layers import Moments, RefBatchNorm2d, refbn_layers
+from refbn_d2.utils.random_state import seeded
 
 logger = logging.getLogger(__name__)
 
 Sample = Any  # what the training pipeline gives for one image
-
-
-def choose(
-    dataset_dicts: Sequence[dict],
-    num_images: int,
-    seed: int,
-    group_of: Callable[[dict], Hashable] = lambda dataset_dict: None,
-) -> list[int]:
-    """Indices of the `num_images` training images that become the reference: a seeded draw.
-
-    The draw keeps to the largest group of `group_of` while that lasts: where training batches are
-    grouped (by aspect ratio), a mixed reference would hold more padding than any batch does.
-
-    Raises:
-        ValueError: there are fewer images than that.
-    """
-    if num_images > len(dataset_dicts):
-        raise ValueError(
-            f"MODEL.REFBN.NUM_IMAGES is {num_images}, but the training set has "
-            f"{len(dataset_dicts)} usable images. Set it to {len(dataset_dicts)} or less."
-        )
-    groups = [group_of(d) for d in dataset_dicts]
-    largest = Counter(groups).most_common(1)[0][0]
-    order = np.random.default_rng(seed).permutation(len(dataset_dicts)).tolist()
-    order.sort(key=lambda index: groups[index] != largest)  # stable
-    return order[:num_images]
-
-
-def is_landscape(dataset_dict: dict) -> bool:
-    """The group of DATALOADER.ASPECT_RATIO_GROUPING, for `choose`."""
-    return dataset_dict["width"] > dataset_dict["height"]
-
-
-def identify(dataset: str, dataset_dicts: Sequence[dict], seed: int) -> dict:
-    """The reference's name: dataset, seed, and every image's id, file and content fingerprint.
-
-    Plain containers, for the checkpoint. Reads every image file once: "file_name", or what "read"
-    returns, where an image's dict holds such a function (an image in a tar file).
-    """
-    images = [{**_name(d), "fingerprint": _fingerprint(d)} for d in dataset_dicts]
-    return {"dataset": dataset, "seed": seed, "images": images}
-
-
-def _name(dataset_dict: dict) -> dict:
-    if "file_name" not in dataset_dict:
-        raise ValueError(
-            "A reference batch is named by its images' files, and a dataset dict of the training "
-            f"set has no file_name: {', '.join(map(str, dataset_dict))} is what it has."
-        )
-    return {
-        "image_id": dataset_dict.get("image_id"),
-        "file_name": os.path.basename(dataset_dict["file_name"]),
-    }
-
-
-def find_again(identity: dict, dataset_dicts: Sequence[dict]) -> list[int]:
-    """Indices of the images that `identity` names, in its order.
-
-    Raises:
-        ValueError: an image is gone, or its file or its annotations have changed. Names it.
-    """
-    places = defaultdict(list)  # several, where joined datasets share ids and names
-    for i, d in enumerate(dataset_dicts):
-        places[tuple(_name(d).values())].append(i)
-    found = []
-    for image in identity["images"]:
-        name = f"image {image['image_id']} ({image['file_name']}) of {identity['dataset']}"
-        there = {}
-        for index in places[image["image_id"], image["file_name"]]:
-            with suppress(FileNotFoundError):
-                there[index] = _fingerprint(dataset_dicts[index])
-        same = [i for i, fingerprint in there.items() if fingerprint == image["fingerprint"]]
-        if same:
-            found.append(same[0])
-            continue
-        gone, changed = "is gone from the training set", "has changed (its file or its annotations)"
-        problem = changed if there else gone
-        raise ValueError(
-            f"The checkpoint's reference batch cannot be had again: {name} {problem}. Put it back, "
-            "or start a new run without --resume in another OUTPUT_DIR."
-        )
-    return found
-
-
-def select(
-    dataset_dicts: Sequence[dict],
-    options: RefBNOptions,
-    dataset: str,
-    group_of: Callable[[dict], Hashable] = lambda dataset_dict: None,
-    identity: dict | None = None,
-) -> tuple[list[int], dict]:
-    """Indices and identity of the reference's images: chosen anew, or those that `identity` names.
-
-    Args:
-        dataset: its name, for the identity.
-        group_of: as `choose`'s.
-        identity: of a run that is resumed (its `ReferenceBatch.state_dict` will do).
-
-    Raises:
-        ValueError: there are too few images, or one of `identity` is gone or has changed.
-    """
-    if identity:
-        before = len(identity["images"]), identity["seed"]
-        if before != (options.num_images, options.seed):
-            logger.warning(
-                "Going on with the run's own reference batch of %d images, seed %d; "
-                "MODEL.REFBN.NUM_IMAGES = %d and SEED = %d have no effect on it.",
-                *before, options.num_images, options.seed,
-            )  # fmt: skip
-        return find_again(identity, dataset_dicts), identity
-    chosen = choose(dataset_dicts, options.num_images, options.seed, group_of)
-    return chosen, identify(dataset, [dataset_dicts[i] for i in chosen], options.seed)
-
-
-def _fingerprint(dataset_dict: dict) -> str:
-    read = dataset_dict.get("read") or Path(dataset_dict["file_name"]).read_bytes
-    digest = hashlib.sha256(read())
-    annotations = dataset_dict.get("annotations", dataset_dict.get("label"))
-    digest.update(json.dumps(annotations, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
 
 
 class ReferenceBatch:
@@ -182,7 +55,7 @@ class ReferenceBatch:
         forward: runs the model on a list of samples (under autocast where training does). Called in
             training mode and without gradient; what it returns is dropped.
         options: see `refbn_d2.config.refbn_options`.
-        identity: what `select` returned.
+        identity: what `select_reference` returned.
         ride_on: the module that a slice rides in ("ride" alone): a detector's backbone, or a
             classifier itself. Its first argument is the batch (N, C, H, W), and every tensor that
             it returns has N rows.
@@ -299,7 +172,7 @@ class ReferenceBatch:
         return {**self.identity, "position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take the position; the batch itself must be the one that `state` names (`select`)."""
+        """Take the position; the batch must be the one that `state` names (`select_reference`)."""
         self.position = state["position"]
         self._missed = [layer for layer in self._layers.values() if not layer.has_reference()]
 
@@ -365,26 +238,6 @@ class ReferenceBatch:
         if not (self._riding and module.training):
             return None
         return _without_last(output, len(self._riding))
-
-
-def image_rows(model: nn.Module) -> Callable[[list[dict], Tensor], Tensor]:
-    """The `rows` of a detector that holds Detectron2's `pixel_mean`, `pixel_std` (C, 1, 1).
-
-    Images are normalised as the batch was, then padded with zeros or cropped at the right and the
-    bottom to its size.
-    """
-
-    def rows(samples: list[dict], batch: Tensor) -> Tensor:
-        height, width = batch.shape[-2:]
-        images = []
-        for sample in samples:
-            image = sample["image"].to(batch.device, non_blocking=True)
-            image = (image - model.pixel_mean) / model.pixel_std
-            h, w = image.shape[-2:]
-            images.append(F.pad(image, (0, width - w, 0, height - h)))
-        return torch.stack(images)
-
-    return rows
 
 
 def _without_last(output: Any, k: int) -> Any:
@@ -482,18 +335,3 @@ def _untouched(model: nn.Module, seed: int) -> Iterator[None]:
                 vars(module).update(values)
             for buffer, value in buffers:
                 buffer.copy_(value)
-
-
-@contextmanager
-def seeded(seed: int, devices: Iterable[torch.device] = ()) -> Iterator[None]:
-    """Python's, NumPy's and torch's (the CPU's and the devices') generators, seeded for a while."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)

@@ -11,7 +11,7 @@ import torch
 from fvcore.common.history_buffer import HistoryBuffer
 from tqdm import tqdm
 
-from refbn_d2.checkpoint.files import write_text
+from refbn_d2.utils.file_io import write_text
 
 logger = logging.getLogger(__name__)
 

@@ -5,33 +5,25 @@ the straight one without any random state in the checkpoint.
 """
 
 import logging
-import os
-import random
 import signal
-import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import yaml
 from torch import nn
 
-from refbn_d2.utils import distributed
-from refbn_d2.checkpoint.files import (
-    load_checkpoint,
-    remove_unfinished,
-    save_checkpoint,
-    write_text,
-)
-from refbn_d2.config.cfg_node import leaves
-from refbn_d2.training.events import WINDOW, EventWriter
-from refbn_d2.visualization.samples import plot_curves
+from refbn_d2.checkpoint.files import save_checkpoint
 from refbn_d2.reference.batch import ReferenceBatch
+from refbn_d2.training.events import WINDOW, EventWriter
+from refbn_d2.training.interruption import stop_signal
+from refbn_d2.training.output_dir import last_checkpoint_name
+from refbn_d2.utils import distributed
+from refbn_d2.utils.device import keep_freed_memory
+from refbn_d2.utils.file_io import remove_unfinished, write_text
+from refbn_d2.visualization.curves import plot_curves
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +90,10 @@ class TrainingLoop(ABC):
             write_text(self.output_dir / "config.yaml", self.cfg.dump())
             writer = EventWriter(self.output_dir, self.start_iteration, self.max_iter)
         if self.device.type == "cpu":
-            distributed.keep_freed_memory()
+            keep_freed_memory()
         batches = iter(self.loader)
         self.model.train()
-        with _stop_signal() as stop:
+        with stop_signal() as stop:
             for iteration in range(self.start_iteration, self.max_iter):
                 start = time.perf_counter()
                 batch = next(batches)
@@ -172,132 +164,3 @@ class TrainingLoop(ABC):
             "SOLVER.BASE_LR or lengthen the warmup. Last good checkpoint: "
             f"{last_checkpoint_name(self.output_dir) or 'none yet'}."
         )
-
-
-# ---- OUTPUT_DIR
-
-
-def check_output_dir(cfg, resume: bool, free_on_resume: tuple[str, ...]) -> None:
-    """A run is neither overwritten by another nor resumed as another. Makes the folder.
-
-    Args:
-        free_on_resume: keys, or beginnings of keys, that a resumed run may change.
-
-    Raises:
-        FileExistsError: OUTPUT_DIR holds a run, and it is not to be resumed.
-        ValueError: it is, with another config; names the keys that differ.
-    """
-    output_dir = Path(cfg.OUTPUT_DIR)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        check_not_overwritten(output_dir)
-    if last_checkpoint_name(output_dir) is None:
-        return
-    before = dict(leaves(yaml.safe_load((output_dir / "config.yaml").read_text())))
-    now = dict(leaves(yaml.safe_load(cfg.dump())))
-    changed = [
-        f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(free_on_resume)
-    ]
-    if changed:
-        raise ValueError(
-            f"--resume: {output_dir} holds a run of another config. "
-            + "; ".join(changed)
-            + ". Use its config, or another OUTPUT_DIR."
-        )
-
-
-def check_not_overwritten(output_dir: Path) -> None:
-    """Returns if there is no run in `output_dir`.
-
-    Raises:
-        FileExistsError: there is.
-    """
-    if last_checkpoint_name(output_dir) is not None:
-        raise FileExistsError(
-            f"OUTPUT_DIR {output_dir} holds a run already. Go on with it by --resume, or name "
-            "another OUTPUT_DIR."
-        )
-
-
-def last_checkpoint(output_dir: Path) -> dict | None:
-    """The checkpoint that `TrainingLoop` wrote last; None, with a warning, where there is none.
-
-    Raises:
-        ValueError: it cannot be read, or another program wrote it.
-    """
-    name = last_checkpoint_name(output_dir)
-    if name is None:
-        logger.warning("--resume: %s holds no checkpoint yet; starting anew.", output_dir)
-        return None
-    path = output_dir / name
-    checkpoint = load_checkpoint(path)
-    check_resumable(path, checkpoint, ("optimizer", "grad_scaler", "iteration", "seed"))
-    return checkpoint
-
-
-def check_resumable(path: str | os.PathLike, checkpoint: dict, needed: Iterable[str]) -> None:
-    """Returns if a run can go on with `checkpoint`, which then has all `needed` keys.
-
-    Raises:
-        ValueError: it has not; names what it lacks.
-    """
-    missing = sorted(set(needed) - checkpoint.keys())
-    if missing:
-        raise ValueError(
-            f"{path} was not written by a training run of this engine (it lacks "
-            f"{', '.join(missing)}), so --resume cannot go on with it. Start from it in another "
-            f"OUTPUT_DIR with MODEL.WEIGHTS {path}"
-        )
-
-
-def last_checkpoint_name(output_dir: Path) -> str | None:
-    """Name of the checkpoint that was written last, or None."""
-    try:
-        return (output_dir / "last_checkpoint").read_text().strip()
-    except FileNotFoundError:
-        return None
-
-
-def seed_everything(*entropy: int) -> None:
-    """Python's, NumPy's and torch's generators, as a function of `entropy`."""
-    (seed,) = np.random.SeedSequence(entropy).generate_state(1).tolist()
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes as long as a small image
-    if torch.cuda.is_initialized():  # not in data loading workers
-        torch.cuda.manual_seed_all(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-
-
-def seed_of_run(cfg) -> int:
-    """SEED, or a random one where it is negative; the same on all workers."""
-    return distributed.broadcast(
-        cfg.SEED if cfg.SEED >= 0 else random.SystemRandom().randrange(2**31)
-    )
-
-
-# ---- the end by a signal
-
-
-class _Stop:
-    """The signal that asked to stop; 0 while none did."""
-
-    number = 0
-
-    def __call__(self, number: int, frame) -> None:
-        self.number = number
-        print("Stopping: a checkpoint will be written. Again: at once.", file=sys.stderr)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
-
-@contextmanager
-def _stop_signal() -> Iterator[_Stop]:
-    stop = _Stop()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, stop) for number in numbers]
-    try:
-        yield stop
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)

@@ -3,8 +3,9 @@ import torch
 import torchvision
 
 from refbn_d2.checkpoint.convert import convert, identify, pack
+from refbn_d2.checkpoint.files import save_checkpoint
 from refbn_d2.checkpoint.inspection import describe
-from refbn_d2.checkpoint.files import CheckpointError, save_checkpoint
+from refbn_d2.utils.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")

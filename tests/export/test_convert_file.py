@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from refbn_d2.checkpoint.files import CheckpointError, load_checkpoint, save_checkpoint
+from refbn_d2.checkpoint.files import load_checkpoint, save_checkpoint
 from refbn_d2.config import ConfigError
 from refbn_d2.export import verify
 from refbn_d2.export.convert_file import convert_file
+from refbn_d2.utils.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("small_picture")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from refbn_d2.checkpoint.convert import convert, identify
-from refbn_d2.checkpoint.files import CheckpointError
-from refbn_d2.engines import export as module
 from refbn_d2.export.programs import export
+from refbn_d2.export.programs import export as module
+from refbn_d2.utils.errors import CheckpointError
 
 
 def backbone(resnet18):

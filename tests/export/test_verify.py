@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from refbn_d2.checkpoint.convert import NORMS, convert, identify
-from refbn_d2.checkpoint.files import CheckpointError
 from refbn_d2.config import ConfigError
 from refbn_d2.export.verify import verify
+from refbn_d2.utils.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("small_picture")
 

@@ -9,7 +9,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from refbn_d2.layers import RefBatchNorm2d
-from refbn_d2.layers.convert import convert_from_refbn, convert_to_refbn, fold
+from refbn_d2.layers.convert import convert_from_refbn, convert_to_refbn
+from refbn_d2.layers.fold import fold
 
 
 def randomised(model, seed=0):

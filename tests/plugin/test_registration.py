@@ -29,7 +29,7 @@ HOLDERS = (
 
 @pytest.fixture
 def plugin():
-    from refbn_d2 import plugin
+    from refbn_d2.plugin import registration as plugin
 
     yield plugin
     plugin.register()
@@ -466,7 +466,7 @@ def test_registered_data_may_not_change_its_files(detectron2_cfg, tiny_shapes):
     from detectron2.data import DatasetCatalog
     from detectron2.data.datasets import register_coco_instances
 
-    from refbn_d2 import plugin
+    from refbn_d2.plugin import registration as plugin
 
     val = tiny_shapes / "shapes/annotations/instances_val.json"
     register_coco_instances("theirs", {}, str(val), str(tiny_shapes / "shapes/val"))

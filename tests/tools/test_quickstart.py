@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from refbn_d2.config import get_cfg
-from refbn_d2.quickstart import RUNS, Record, Step, run, steps, write_report
+from tools.quickstart.steps import RUNS, Record, Step, run, steps, write_report
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NO_CHANGES = {"pretrain": [], "finetune": []}
 
 
@@ -110,7 +110,7 @@ def test_stopped_from_outside(tmp_path, script, stop, code):
     )
     step = script("training", waits)
     code_of_parent = (
-        "from pathlib import Path\nfrom refbn_d2.quickstart import Step, run\n"
+        "from pathlib import Path\nfrom tools.quickstart.steps import Step, run\n"
         f"run(Path({str(tmp_path)!r}), [Step('training', '', '', {step.command!r}, 1)])"
     )
     parent = subprocess.Popen(
@@ -237,7 +237,7 @@ def test_the_tool_from_end_to_end(tmp_path):
     """Killed in the middle of a fine-tuning and started again; tiny, and otherwise all of it."""
     out = tmp_path / "out"  # joined to the checkout's root, an absolute path stays itself
     command = [
-        sys.executable, "tools/quickstart.py", "--output-dir", str(out),
+        sys.executable, "tools/quickstart", "--output-dir", str(out),
         "--pretrain", "SOLVER.EPOCHS 1 INPUT.SIZE 32 INPUT.SIZE_TEST 32 SOLVER.IMS_PER_BATCH 512",
         "--finetune", "SOLVER.MAX_ITER 30 SOLVER.IMS_PER_BATCH 2",
     ]  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 PAGES = """
 import resource
 import torch
-from refbn_d2.distributed import keep_freed_memory
+from refbn_d2.utils.device import keep_freed_memory
 
 def new_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

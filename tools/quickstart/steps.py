@@ -18,11 +18,11 @@ from typing import Any
 
 import jinja2
 
-from refbn_d2.checkpoint.files import write_text
-from refbn_d2.visualization.samples import compare_curves
+from refbn_d2.utils.file_io import write_text
+from refbn_d2.visualization.curves import compare_curves
 
-ROOT = Path(__file__).parents[1]  # of the checkout: its configs and tools
-TEMPLATE = Path(__file__).with_name("quickstart.html.jinja")
+ROOT = Path(__file__).parents[2]  # of the checkout: its configs and tools
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from refbn_d2.config import ConfigError, RefBNOptions
-from refbn_d2.utils.distributed import available_device, launch
 from refbn_d2.engines.detectron2.trainer import (
     Checkpointer,
     Curves,
@@ -38,9 +37,11 @@ from refbn_d2.engines.detectron2.trainer import (
     join_workers,
     setup_log,
 )
-from refbn_d2.plugin.hook import ReferenceBatchHook, unwrapped
 from refbn_d2.layers import refbn_layers
-from refbn_d2.training.loop import check_not_overwritten
+from refbn_d2.plugin.hook import ReferenceBatchHook, unwrapped
+from refbn_d2.training.output_dir import check_not_overwritten
+from refbn_d2.utils.device import resolve_device
+from refbn_d2.utils.distributed import launch
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
 @functools.cache  # read again in a spawned worker: a config is a program, and may register data
 def _config(file: str, overrides: tuple[str, ...]) -> DictConfig:
     cfg = LazyConfig.apply_overrides(LazyConfig.load(file), list(overrides))
-    cfg.train.device = available_device(cfg.train.device)
+    cfg.train.device = resolve_device(cfg.train.device)
     if cfg.train.amp.enabled and cfg.train.device == "cpu":
         logger.warning("train.amp: Detectron2 has it on CUDA alone; training in float32.")
         cfg.train.amp.enabled = False

@@ -40,13 +40,16 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from refbn_d2 import plugin
-from refbn_d2.checkpoint.files import Caffe2Checkpoint, load_checkpoint, load_weights
+from refbn_d2.checkpoint.files import Caffe2Checkpoint, load_checkpoint
+from refbn_d2.checkpoint.loading import load_weights
 from refbn_d2.config import ConfigError
-from refbn_d2.utils.distributed import available_device, launch
-from refbn_d2.engines import FREE_ON_RESUME
+from refbn_d2.config.resume import FREE_IN_DETECTION
 from refbn_d2.plugin.hook import unwrapped
-from refbn_d2.visualization.samples import SAMPLES_SHOWN, draw_samples, plot_curves, sample_item
-from refbn_d2.training.loop import check_output_dir, check_resumable
+from refbn_d2.training.output_dir import check_output_dir, check_resumable
+from refbn_d2.utils.device import resolve_device
+from refbn_d2.utils.distributed import launch
+from refbn_d2.visualization.curves import plot_curves
+from refbn_d2.visualization.samples import SAMPLES_SHOWN, draw_samples, sample_item
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +76,7 @@ def _config(args: argparse.Namespace) -> CfgNode:
         cfg.merge_from_list(args.opts)
     except (KeyError, ValueError, AssertionError) as error:
         raise ConfigError(f"{args.config_file}, overridden by {args.opts}: {error}") from error
-    cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
+    cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
     if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
         logger.warning("SOLVER.AMP: Detectron2 has it on CUDA alone; training in float32.")
         cfg.SOLVER.AMP.ENABLED = False
@@ -85,7 +88,7 @@ def _main(cfg: CfgNode, args: argparse.Namespace) -> None:
     """In every worker."""
     join_workers(cfg.MODEL.DEVICE, args)
     if not args.eval_only:
-        check_output_dir(cfg, args.resume, FREE_ON_RESUME)
+        check_output_dir(cfg, args.resume, FREE_IN_DETECTION)
     comm.synchronize()  # all have read the old config.yaml
     default_setup(cfg, args)
     setup_log(cfg.OUTPUT_DIR)

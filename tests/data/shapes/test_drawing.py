@@ -14,7 +14,8 @@ from pycocotools.coco import COCO
 
 import refbn_d2
 from refbn_d2.data import shapes
-from refbn_d2.data.shapes.drawing import CLASSES, DOMAINS
+from refbn_d2.data.shapes import CLASSES, DOMAINS, dataset, drawing
+from refbn_d2.data.shapes.__main__ import main
 
 SIZE = (128, 128)
 SMALL = {"seed": 3, "num_train": 28, "num_val": 14}
@@ -99,12 +100,12 @@ def test_areas_of_drawn_shapes(diameter, degrees):
     want = {"circle": math.pi / 4, "ring": math.pi / 4 * 0.64, "square": 0.78**2}
     want["triangle"] = 3 * 3**0.5 / 16
     for name, share in want.items():
-        contours = shapes._pose(CLASSES.index(name), diameter, 256, degrees)
-        mask = shapes._fill(np.zeros((100, 100), np.uint8), contours, 1, 800, 800)
+        contours = drawing._pose(CLASSES.index(name), diameter, 256, degrees)
+        mask = drawing._fill(np.zeros((100, 100), np.uint8), contours, 1, 800, 800)
         assert mask.sum() == pytest.approx(share * diameter**2, rel=2.5 / diameter)
         assert mask[50, 50] == (name != "ring")
-        narrow = shapes._pose(CLASSES.index(name), diameter, 128, degrees)
-        half = shapes._fill(np.zeros((100, 100), np.uint8), narrow, 1, 800, 800)
+        narrow = drawing._pose(CLASSES.index(name), diameter, 128, degrees)
+        half = drawing._fill(np.zeros((100, 100), np.uint8), narrow, 1, 800, 800)
         if name != "ring":
             assert half.sum() == pytest.approx(mask.sum() / 2, rel=3 / diameter)
 
@@ -196,12 +197,12 @@ def test_every_class_size_and_number(scenes):
     counts = np.bincount([label for scene in scenes for label in scene.labels])
     assert len(counts) == len(CLASSES) and counts.min() > 0.5 * counts.mean()
     numbers = [len(scene.masks) for scene in scenes]
-    assert min(numbers) == 1 and max(numbers) == shapes.MAX_OBJECTS
+    assert min(numbers) == 1 and max(numbers) == drawing.MAX_OBJECTS
     sides = [
         max(cv2.boundingRect(mask.view(np.uint8))[2:]) for scene in scenes for mask in scene.masks
     ]
     assert np.quantile(sides, 0.15) < 20 and np.quantile(sides, 0.9) > 50 and max(sides) > 70
-    assert min(mask.sum() for scene in scenes for mask in scene.masks) >= shapes.MIN_AREA
+    assert min(mask.sum() for scene in scenes for mask in scene.masks) >= drawing.MIN_AREA
 
 
 def hidden_share(scenes):
@@ -223,7 +224,7 @@ def test_occlusion(scenes, monkeypatch):
     assert hidden_share(scenes) > 0.1
     for scene in scenes:
         assert np.sum(scene.masks, axis=0).max() == 1  # the visible parts share no pixel
-    monkeypatch.setattr(shapes, "MIN_VISIBLE", 0.95)
+    monkeypatch.setattr(drawing, "MIN_VISIBLE", 0.95)
     assert hidden_share([shapes.draw_detection(7, "train", i, SIZE) for i in range(140)]) == 0
 
 
@@ -320,7 +321,7 @@ def test_made_once(small):
 
 def test_default_is_what_shapes_train_means(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(shapes, "_make", lambda *args: seen.append(args))
+    monkeypatch.setattr(dataset, "_make", lambda *args: seen.append(args))
     shapes.ensure_detection(tmp_path)
     shapes.make_classification(tmp_path)
     assert seen == [
@@ -340,28 +341,28 @@ def test_two_makers_at_once(tmp_path, small):
 
 
 def test_the_later_maker_discards_its_own(tmp_path, monkeypatch):
-    kind = folder, smallest, write, num_json = shapes._KINDS["detection"]
+    kind = folder, smallest, write, num_json = dataset._KINDS["detection"]
     first = []
 
     def overtaken(folder, info):
-        monkeypatch.setitem(shapes._KINDS, "detection", kind)
+        monkeypatch.setitem(dataset._KINDS, "detection", kind)
         first.append(shapes.make_detection(tmp_path, **SMALL).stat().st_ino)
         write(folder, info)
 
-    monkeypatch.setitem(shapes._KINDS, "detection", (folder, smallest, overtaken, num_json))
+    monkeypatch.setitem(dataset._KINDS, "detection", (folder, smallest, overtaken, num_json))
     folder = shapes.make_detection(tmp_path, **SMALL)
     assert [folder.stat().st_ino] == first
     assert os.listdir(tmp_path) == ["shapes"]
 
 
 def test_interrupted_maker_leaves_nothing(tmp_path, monkeypatch):
-    folder, smallest, write, num_json = shapes._KINDS["detection"]
+    folder, smallest, write, num_json = dataset._KINDS["detection"]
 
     def fails(folder, info):
         write(folder, info)
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(shapes._KINDS, "detection", (folder, smallest, fails, num_json))
+    monkeypatch.setitem(dataset._KINDS, "detection", (folder, smallest, fails, num_json))
     with pytest.raises(KeyboardInterrupt):
         shapes.make_detection(tmp_path, **SMALL)
     assert not list(tmp_path.iterdir())
@@ -454,7 +455,7 @@ def test_a_classification_files_name_tells_its_domain(tmp_path):
 def test_command_writes_a_contact_sheet(tmp_path, more, capsys, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
     sheet = tmp_path / "pictures" / "sheet.png"
-    shapes.main(["--train", "1", "--val", "84", "--contact-sheet", str(sheet), *more])
+    main(["--train", "1", "--val", "84", "--contact-sheet", str(sheet), *more])
     height, width = (64, 48) if more else SIZE
     assert cv2.imread(str(sheet)).shape == (7 * (2 * height + 2), 90 + 8 * (2 * width + 2), 3)
     assert os.listdir(sheet.parent) == ["sheet.png"]
@@ -472,6 +473,6 @@ def test_command_writes_a_contact_sheet(tmp_path, more, capsys, monkeypatch):
 )
 def test_command_errors(small, capsys, argv, message):
     with pytest.raises(SystemExit) as error:
-        shapes.main(["--root", str(small.parent), "--train", "28", "--val", "14", *argv])
+        main(["--root", str(small.parent), "--train", "28", "--val", "14", *argv])
     assert error.value.code == 2
     assert message in capsys.readouterr().err

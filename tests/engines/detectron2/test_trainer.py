@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from refbn_d2.checkpoint.files import CheckpointError, load_checkpoint, save_checkpoint
+from refbn_d2.checkpoint.files import load_checkpoint, save_checkpoint
 from refbn_d2.layers import refbn_layers
+from refbn_d2.utils.errors import CheckpointError
 
 detectron2 = pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 pytestmark = pytest.mark.detectron2
@@ -131,14 +132,14 @@ def test_the_type_of_a_test_set_chooses_the_evaluator(tmp_path):
 
 
 def test_auto_falls_back_where_refbn_cannot_be_registered(monkeypatch):
-    from refbn_d2.engines.select import select
+    from refbn_d2.engines.select import select_engine
 
-    assert select("auto").__name__ == "refbn_d2.engines.detectron2"
+    assert select_engine("auto").__name__ == "refbn_d2.engines.detectron2"
     monkeypatch.setitem(sys.modules, "refbn_d2.engines.detectron2", None)
     monkeypatch.delattr("refbn_d2.engines.detectron2")
-    assert select("auto").__name__ == "refbn_d2.engines.torchvision"
+    assert select_engine("auto").__name__ == "refbn_d2.engines.torchvision"
     with pytest.raises(ImportError, match="--engine detectron2: Detectron2 cannot be imported"):
-        select("detectron2")
+        select_engine("detectron2")
 
 
 # ---- Detectron2's own scripts, unmodified

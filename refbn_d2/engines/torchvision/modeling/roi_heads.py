@@ -19,7 +19,13 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import batched_nms
 
 from refbn_d2.engines.torchvision.modeling.backbone import Conv2d, get_norm, resnet_stage
-from refbn_d2.engines.torchvision.modeling.boxes import apply_deltas, box_deltas, clip_boxes, match, sample
+from refbn_d2.engines.torchvision.modeling.boxes import (
+    apply_deltas,
+    box_deltas,
+    clip_boxes,
+    match,
+    sample,
+)
 from refbn_d2.engines.torchvision.modeling.masks import mask_targets
 from refbn_d2.engines.torchvision.modeling.roi_align import roi_align
 from refbn_d2.engines.torchvision.modeling.rpn import Targets
