@@ -12,9 +12,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from steps import RUNS, Record, Step, run, steps, write_report
 
 from refbn_d2.config import get_cfg
-from tools.quickstart.steps import RUNS, Record, Step, run, steps, write_report
 
 ROOT = Path(__file__).parents[2]
 NO_CHANGES = {"pretrain": [], "finetune": []}
@@ -110,7 +110,8 @@ def test_stopped_from_outside(tmp_path, script, stop, code):
     )
     step = script("training", waits)
     code_of_parent = (
-        "from pathlib import Path\nfrom tools.quickstart.steps import Step, run\n"
+        "import sys\nfrom pathlib import Path\nsys.path.insert(0, 'tools/quickstart')\n"
+        "from steps import Step, run\n"
         f"run(Path({str(tmp_path)!r}), [Step('training', '', '', {step.command!r}, 1)])"
     )
     parent = subprocess.Popen(
