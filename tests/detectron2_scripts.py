@@ -10,6 +10,7 @@ import pytest
 from refbn_d2.checkpoint.files import load_checkpoint
 
 detectron2 = pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
 ROOT = Path(__file__).parents[1]
 THEIRS = Path(detectron2.__file__).parent.parent / "tools"
 

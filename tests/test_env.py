@@ -8,8 +8,8 @@ import pytest
 
 from tests.detectron2_scripts import THEIRS, call, needs_tools, weights
 
-detectron2 = pytest.importorskip("detectron2.layers", reason="Detectron2 is not installed")
 pytestmark = pytest.mark.detectron2
+
 CHECK = "assert type(get_norm('RefBN', 4)).__name__ == 'RefBatchNorm2d'"
 
 

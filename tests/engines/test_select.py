@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-detectron2 = pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 pytestmark = pytest.mark.detectron2
 
 

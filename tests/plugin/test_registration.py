@@ -11,6 +11,7 @@ from refbn_d2.layers import RefBatchNorm2d
 
 detectron2 = pytest.importorskip("detectron2.layers", reason="Detectron2 is not installed")
 pytestmark = pytest.mark.detectron2
+
 HOLDERS = (
     "detectron2.layers", "detectron2.layers.batch_norm", "detectron2.layers.aspp",
     "detectron2.layers.blocks", "detectron2.modeling.backbone.resnet",
@@ -27,10 +28,6 @@ def plugin():
 
     yield plugin
     plugin.register()
-
-
-def norms(module):
-    return [m for m in module.modules() if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm))]
 
 
 def test_everyone_who_imported_get_norm_knows_it():

@@ -11,7 +11,7 @@ from torch import nn
 from refbn_d2.layers import RefBatchNorm2d, refbn_layers
 from tests.plugin.helpers import FPN, build
 
-detectron2 = pytest.importorskip("detectron2.layers", reason="Detectron2 is not installed")
+pytest.importorskip("detectron2.layers", reason="Detectron2 is not installed")
 pytestmark = pytest.mark.detectron2
 
 

@@ -26,7 +26,7 @@ with written_whole(Path(sys.argv[1])) as file:
     assert (tmp_path / "model.pth").read_text() == "whole"
 
 
-def test_a_text_iswritten_whole(tmp_path):
+def test_a_text_is_written_whole(tmp_path):
     write_text(tmp_path / "folder" / "last_checkpoint", "modèle.pth")
     write_text(tmp_path / "folder" / "last_checkpoint", "model.pth")
     assert (tmp_path / "folder" / "last_checkpoint").read_text() == "model.pth"

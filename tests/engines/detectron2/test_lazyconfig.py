@@ -5,6 +5,7 @@ import pytest
 from tests.detectron2_scripts import ROOT, THEIRS, call, needs_tools
 
 pytestmark = pytest.mark.detectron2
+
 LAZY = """
 from detectron2 import model_zoo
 from detectron2.data.datasets import register_coco_instances

@@ -8,7 +8,6 @@ import pytest
 from refbn_d2.checkpoint.files import load_checkpoint
 from tests.detectron2_scripts import ROOT, call
 
-detectron2 = pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 pytestmark = pytest.mark.detectron2
 
 
