@@ -25,7 +25,6 @@ def get_pretrain_cfg() -> CfgNode:
     _add_model(cfg)
     _add_data(cfg)
     _add_solver(cfg)
-    cfg.leave_unset_keys_free()
     return cfg
 
 

@@ -16,9 +16,7 @@ logger = logging.getLogger(__name__)
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
-def convert_to_refbn(
-    model: nn.Module, reference_weight: float | str = 0.9, gradient: str = "batch"
-) -> nn.Module:
+def convert_to_refbn(model: nn.Module, **options) -> nn.Module:
     """Replace every BatchNorm2d, SyncBatchNorm and FrozenBatchNorm2d in `model` by RefBatchNorm2d.
 
     In place but for the root: use the return value. Parameters stay the same objects, so that an
@@ -28,10 +26,10 @@ def convert_to_refbn(
     own (timm's BatchNormAct2d).
 
     Args:
-        reference_weight, gradient: as `RefBatchNorm2d`'s.
+        options: `reference_weight`, `weighting` and `gradient` of `RefBatchNorm2d`.
 
     Raises:
-        ValueError: `reference_weight` or `gradient` is none of RefBatchNorm2d's.
+        ValueError: an option holds what RefBatchNorm2d does not take.
     """
 
     def convert(norm: nn.Module) -> nn.Module | None:
@@ -44,10 +42,9 @@ def convert_to_refbn(
             norm.eps,
             momentum=0.1 if frozen else norm.momentum,
             affine=norm.weight is not None,
-            reference_weight=reference_weight,
-            gradient=gradient,
             device=mean.device,
             dtype=mean.dtype,
+            **options,
         )
         refbn.weight = nn.Parameter(norm.weight) if frozen else norm.weight
         refbn.bias = nn.Parameter(norm.bias) if frozen else norm.bias

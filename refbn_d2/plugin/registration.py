@@ -22,9 +22,9 @@ from pathlib import Path
 import detectron2
 from torch import nn
 
-from refbn_d2.config import add_refbn_config, refbn_options
+from refbn_d2.config import add_refbn_config, apply_options, refbn_options
 from refbn_d2.data import catalog
-from refbn_d2.layers import RefBatchNorm2d, refbn_layers
+from refbn_d2.layers import RefBatchNorm2d, has_refbn
 from refbn_d2.plugin.patching import originals, replace_attribute, replace_code
 
 # From the file: while an environment module runs, the package does not have it yet.
@@ -42,7 +42,7 @@ try:
     from detectron2.modeling.meta_arch import build
     from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 
-    from refbn_d2.plugin.hook import ReferenceBatchHook, apply_options
+    from refbn_d2.plugin.hook import ReferenceBatchHook
 except ImportError as error:
     raise ImportError(f"{_VERSION} lacks what RefBN needs: {error}. {_WAY_OUT}") from error
 
@@ -209,7 +209,7 @@ def _lacks_reference_hook(trainer: TrainerBase) -> bool:
     return (
         model is not None
         and hasattr(trainer, "data_loader")
-        and any(True for _ in refbn_layers(model))
+        and has_refbn(model)
         and not any(isinstance(hook, ReferenceBatchHook) for hook in trainer._hooks)
     )
 

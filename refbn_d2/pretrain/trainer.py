@@ -222,7 +222,13 @@ class Trainer(TrainingLoop):
                 self.model(rows(chosen))
 
         reference = ReferenceBatch(
-            self.model, tensors, forward, options, identity, self.model, rows
+            self.model,
+            tensors,
+            options,
+            forward=forward,
+            identity=identity,
+            concat_to=self.model,
+            rows=rows,
         )
         if state:
             reference.load_state_dict(state)
@@ -264,7 +270,7 @@ class Trainer(TrainingLoop):
                     logits = self.wrapped(x)
                     loss = self.loss(logits.float(), y) / parts
                 self.scaler.scale(loss).backward()
-            if self.reference and part == 0:  # a slice rides on the first part
+            if self.reference and part == 0:  # a slice goes with the first part
                 self.reference.after_step()
             total += loss.detach()
             outputs.append(logits.detach())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from refbn_d2.config import apply_options, refbn_options
 from refbn_d2.engines.torchvision.modeling.backbone import build_backbone
 from refbn_d2.engines.torchvision.modeling.boxes import clip_boxes, nonempty
 from refbn_d2.engines.torchvision.modeling.masks import paste_masks
@@ -142,5 +143,7 @@ def _in_original_image(
 
 
 def build_model(cfg) -> GeneralizedRCNN:
-    """The model of MODEL.* with fresh weights on MODEL.DEVICE, its convolutions channels last."""
-    return GeneralizedRCNN(cfg).to(cfg.MODEL.DEVICE, memory_format=torch.channels_last)
+    """Build the model of MODEL.* with fresh weights on MODEL.DEVICE, convolutions channels last."""
+    model = GeneralizedRCNN(cfg)
+    apply_options(model, refbn_options(cfg))
+    return model.to(cfg.MODEL.DEVICE, memory_format=torch.channels_last)
