@@ -9,7 +9,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from refbn_d2.config import ConfigError
-from refbn_d2.layers import RefBatchNorm2d, convert_from_refbn, fold, refbn_layers
+from refbn_d2.layers import Recording, RefBatchNorm2d, convert_from_refbn, fold, refbn_layers
 from refbn_d2.pretrain.backbone import resnet_keys
 from refbn_d2.pretrain.models import RefBatchNormAct2d, build_model, check_num_classes
 
