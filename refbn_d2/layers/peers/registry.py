@@ -1,0 +1,50 @@
+"""The peers by the name that a config gives them."""
+
+from torch import nn
+
+from .base import PeerBatchNorm2d
+from .batch_renorm import BatchRenorm2d
+from .cross_iteration_bn import CrossIterationBatchNorm2d, link_cbn
+from .moving_average_bn import MovingAverageBatchNorm2d, link_mabn
+
+PEERS: dict[str, type[PeerBatchNorm2d]] = {
+    "BRN": BatchRenorm2d,
+    "CBN": CrossIterationBatchNorm2d,
+    "MABN": MovingAverageBatchNorm2d,
+}
+
+
+def peer_options(name: str, total_steps: int) -> dict[str, float]:
+    """Return the schedule of the peer `name` for a run of `total_steps` steps, as its arguments.
+
+    The paper's proportions, for runs shorter than the paper's too:
+        BRN    clips open over a quarter of the run (Ioffe: 40,000 of about 160,000 steps); the
+               running statistics average over 1/40 of that at most, and 100 steps at most.
+        CBN    the authors' burn-in of 8 steps: nothing to scale.
+        MABN   the authors' 100 steps of warm-up and 1,000 with r = 1, of at least 10,000: no more
+               than 1 % and 10 % of the run.
+
+    Raises:
+        ValueError: `name` is no peer.
+    """
+    if name not in PEERS:
+        raise ValueError(f"unknown peer norm {name!r}; known: {', '.join(PEERS)}")
+    if name == "BRN":
+        ramp = total_steps // 4
+        return {"ramp_steps": ramp, "momentum": min(max(40 / max(ramp, 1), 0.01), 0.1)}
+    if name == "MABN":
+        warmup, renorm = min(total_steps // 100, 100), min(total_steps // 10, 1000)
+        return {"warmup_steps": warmup, "renorm_steps": renorm}
+    return {}
+
+
+def link_peers(model: nn.Module) -> None:
+    """Call when a model is built: give its peer norms the convolutions that they need.
+
+    `link_cbn` and `link_mabn`; nothing happens in a model that has neither norm.
+
+    Raises:
+        LinkError: a norm has no convolution before it that it can be given; it is named.
+    """
+    link_cbn(model)
+    link_mabn(model)
