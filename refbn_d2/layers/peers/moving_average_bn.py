@@ -171,8 +171,8 @@ def link_mabn(model: nn.Module) -> None:
 
         W <- W - mean(W) over (C_in / groups, kH, kW)
 
-    in each of its forward passes, gradient included, and in place when the model's state dict is
-    asked for: the checkpoint needs no convolution of a special kind. Call it once, when the model
+    in each of its forward passes, gradient included. It is done in place now and whenever the
+    model's state dict is asked for: the checkpoint needs no convolution of a special kind. Call it once, when the model
     is built. No module, parameter or state-dict key is added. Nothing happens where there is no
     such norm. Copies and pickles of the model stay linked.
 
@@ -191,6 +191,7 @@ def link_mabn(model: nn.Module) -> None:
             conv.register_forward_pre_hook(_shadow_weight)
             conv.register_forward_hook(_unshadow_weight, always_call=True)
             conv.register_state_dict_pre_hook(_centralize_in_place)
+            _centralize_in_place(conv)
         norm.slot = name
 
 
@@ -207,8 +208,11 @@ def _unshadow_weight(conv: nn.Module, inputs: tuple, output: object) -> None:
     conv.__dict__.pop("weight", None)
 
 
-def _centralize_in_place(conv: nn.Module, prefix: str, keep_vars: bool) -> None:
+@torch.no_grad()
+def _centralize_in_place(conv: nn.Module, prefix: str = "", keep_vars: bool = False) -> None:
     # No output changes, and no step of SGD: gradients are centralized, and decay keeps the mean 0.
-    with torch.no_grad():
-        weight = conv._parameters["weight"]
-        weight.copy_(_centralized(weight))
+    # A mean that is rounding alone stays, so that asking for the state changes nothing twice.
+    weight = conv._parameters["weight"]
+    mean = weight.mean((1, 2, 3), keepdim=True)
+    rounding = 8 * torch.finfo(weight.dtype).eps * weight.abs().mean((1, 2, 3), keepdim=True)
+    weight.sub_(torch.where(mean.abs() > rounding, mean, 0))

@@ -17,12 +17,13 @@ PEERS: dict[str, type[PeerBatchNorm2d]] = {
 def peer_options(name: str, total_steps: int) -> dict[str, float]:
     """Return the schedule of the peer `name` for a run of `total_steps` steps, as its arguments.
 
-    The paper's proportions, for runs shorter than the paper's too:
-        BRN    clips open over a quarter of the run (Ioffe: 40,000 of about 160,000 steps); the
-               running statistics average over 1/40 of that at most, and 100 steps at most.
-        CBN    the authors' burn-in of 8 steps: nothing to scale.
-        MABN   the authors' 100 steps of warm-up and 1,000 with r = 1, of at least 10,000: no more
-               than 1 % and 10 % of the run.
+    The papers' schedules, scaled down for shorter runs:
+        BRN    The clips open over a quarter of the run (40,000 steps of about 160,000 in the
+               paper). The running statistics average over a fortieth of that ramp, but over no
+               less than 10 and no more than 100 steps; 100 is the paper's.
+        CBN    The authors' burn-in of 8 steps: nothing to scale.
+        MABN   The authors' 100 steps of warm-up and 1,000 with r = 1, but no more than 1 % and
+               10 % of the run.
 
     Raises:
         ValueError: `name` is no peer.
