@@ -1,4 +1,4 @@
-"""PeerBatchNorm2d: what the peers of RefBN have in common with BatchNorm, and with each other."""
+"""PeerBatchNorm2d: the base class of the peers of RefBN, a BatchNorm2d with a step counter."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class PeerBatchNorm2d(nn.BatchNorm2d):
     """y = gamma (x - running_mean) / sqrt(running_var + eps) + beta in eval mode
 
-    In training mode a subclass's `normalize` decides. An empty batch (N = 0) passes through with
+    In training mode a subclass's `normalize` computes y. An empty batch (N = 0) passes through with
     zero gradients and touches no statistic.
 
     State: BatchNorm2d's keys and `steps` (int64), the training-mode calls of this layer, which

@@ -41,7 +41,8 @@ class CrossIterationBatchNorm2d(PeerBatchNorm2d):
     """y = gamma (x - mu) / sqrt(nu - mu^2 + eps) + beta, (mu, nu) averaged over the last k batches
 
         mu = 1/k sum_s mu_s(theta),   nu = 1/k sum_s max(nu_s(theta), mu_s(theta)^2)
-        mu_s(theta) = mu_s(theta_s) + dmu_s/dtheta (theta - theta_s),   nu_s(theta) likewise
+        mu_s(theta) = mu_s(theta_s) + dmu_s/dtheta (theta - theta_s)
+        nu_s(theta) = nu_s(theta_s) + dnu_s/dtheta (theta - theta_s)
 
     s runs over this step and the k - 1 before it. theta is the present weight of the convolution
     before the norm, theta_s that of step s. Derivatives by the weights of earlier layers are left
@@ -53,7 +54,7 @@ class CrossIterationBatchNorm2d(PeerBatchNorm2d):
     BatchNorm's: those of each batch alone, as in the authors' code.
 
     Call `link_cbn(model)` when the model is built: it hands the layer the convolution. The past
-    batches are not in the state dict: a run that goes on from a checkpoint fills the window anew.
+    batches are not in the state dict: a resumed run fills the window again.
 
     Args:
         num_features, eps, momentum, affine: as BatchNorm2d's.
@@ -195,8 +196,8 @@ def link_cbn(model: nn.Module) -> None:
     """Give every CrossIterationBatchNorm2d in `model` the weight of the convolution before it.
 
     Call it once, when the model is built. No module, parameter or state-dict key is added.
-    `preceding_convolutions` says which convolution that is. Nothing happens where there is no such
-    norm. Copies and pickles of the model stay linked.
+    `preceding_convolutions` says which convolution that is. A model without such norms is left
+    as it is. Copies and pickles of the model stay linked.
 
     Raises:
         LinkError: at some norms that cannot be done; they are named.

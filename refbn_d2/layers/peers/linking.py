@@ -1,4 +1,4 @@
-"""Which convolution comes before a norm, told by the structure of a built model."""
+"""Find the convolution before a norm, from the structure of a built model."""
 
 from collections import Counter
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class LinkError(ValueError):
-    """A norm needs the convolution before it, and there is none that it can be given."""
+    """A norm needs the convolution before it, and this model has none that can be linked."""
 
 
 def preceding_convolutions(

@@ -67,13 +67,13 @@ class MovingAverageBatchNorm2d(PeerBatchNorm2d):
 
     and in eval mode y = gamma x / sqrt(running_var + eps) + beta. running_var is the exponential
     moving average of chi2, before this batch enters it where r is computed; running_mean stays 0.
-    No mean is subtracted: the convolution before the norm has to keep its weight centralized, which
-    `link_mabn(model)` sees to when the model is built. A layer called several times in a forward
-    pass counts each call as a batch.
+    No mean is subtracted. Instead the convolution before the norm centralizes its weight: call
+    `link_mabn(model)` when the model is built. A layer called several times in a forward pass
+    counts each call as a batch.
 
-    State: `PeerBatchNorm2d`'s and both windows. In eval mode it is exactly the BatchNorm2d that
-    loads it. A BatchNorm2d's state dict loads, but MABN cannot continue where BatchNorm stood: the
-    means are dropped, with a warning, and the windows start empty.
+    State: `PeerBatchNorm2d`'s and both windows. A BatchNorm2d that loads it (`strict=False`) is the
+    same map in eval mode. A BatchNorm2d's state dict loads, but MABN cannot continue where
+    BatchNorm stood: the means are dropped, with a warning, and the schedule starts at step 0.
 
     Args:
         num_features, eps, affine: as BatchNorm2d's.
@@ -172,9 +172,10 @@ def link_mabn(model: nn.Module) -> None:
         W <- W - mean(W) over (C_in / groups, kH, kW)
 
     in each of its forward passes, gradient included. It is done in place now and whenever the
-    model's state dict is asked for: the checkpoint needs no convolution of a special kind. Call it once, when the model
-    is built. No module, parameter or state-dict key is added. Nothing happens where there is no
-    such norm. Copies and pickles of the model stay linked.
+    model's state dict is asked for: the checkpoint needs no convolution of a special kind.
+
+    Call it once, when the model is built. No module, parameter or state-dict key is added. A model
+    without such norms is left as it is. Copies and pickles of the model stay linked.
 
     Raises:
         LinkError: at some norms that cannot be done; they are named.
