@@ -211,7 +211,7 @@ def _unshadow_weight(conv: nn.Module, inputs: tuple, output: object) -> None:
 
 @torch.no_grad()
 def _centralize_in_place(conv: nn.Module, prefix: str = "", keep_vars: bool = False) -> None:
-    # No output changes, and no step of SGD: gradients are centralized, and decay keeps the mean 0.
+    # Outputs and steps of SGD stay as they were, but for rounding: gradients are centralized.
     # A mean that is rounding alone stays, so that asking for the state changes nothing twice.
     weight = conv._parameters["weight"]
     mean = weight.mean((1, 2, 3), keepdim=True)
