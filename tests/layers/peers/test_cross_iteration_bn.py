@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from refbn_d2.layers.peers import CrossIterationBatchNorm2d, LinkError, link_cbn
+from refbn_d2.layers.peers.linking import preceding_convolutions
 
 C_IN, C = 4, 6
 
@@ -168,6 +169,7 @@ def test_resnets_are_linked_and_stay_clean():
         link_cbn(model)  # once more does nothing
         assert list(model.state_dict()) == keys
         assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+        assert all(len(m._forward_pre_hooks) < 2 for m in model.modules())
         norms = {n: m for n, m in model.named_modules() if isinstance(m, CrossIterationBatchNorm2d)}
         assert len(norms) >= 20 and all(m.slot == n for n, m in norms.items())
         for seed in range(10):
@@ -193,6 +195,30 @@ def shared_weight():
     return model
 
 
+def named(**children):
+    model = nn.Module()
+    for name, child in children.items():
+        model.add_module(name, child)
+    return model
+
+
+def two_norms():
+    norms = CrossIterationBatchNorm2d(C), CrossIterationBatchNorm2d(C)
+    return named(conv1=nn.Conv2d(C, C, 1), other=norms[0], bn1=norms[1])
+
+
+def after_a_block():
+    block = Detectron2Conv(C, C, 1, norm=nn.BatchNorm2d(C))
+    return nn.Sequential(block, CrossIterationBatchNorm2d(C))
+
+
+def test_numbers_pair_norms_and_convolutions_that_are_registered_apart():
+    convs, norms = [nn.Conv2d(C, C, 1) for _ in "12"], [CrossIterationBatchNorm2d(C) for _ in "12"]
+    model = named(conv1=convs[0], conv2=convs[1], bn1=norms[0], bn2=norms[1])
+    pairs = preceding_convolutions(model, CrossIterationBatchNorm2d)
+    assert pairs == {"bn1": (norms[0], convs[0]), "bn2": (norms[1], convs[1])}
+
+
 @pytest.mark.parametrize(
     "model, name, reason",
     [
@@ -215,6 +241,8 @@ def shared_weight():
             "pads",
         ),
         (shared_conv, "1", "shared"),
+        (two_norms, "bn1", "another norm"),
+        (after_a_block, "1", "no Conv2d"),
         (shared_norm, "1", "several places"),
         (shared_weight, "1", "shared"),
     ],

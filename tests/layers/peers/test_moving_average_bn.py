@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from refbn_d2.layers.peers import LinkError, MovingAverageBatchNorm2d, link_mabn
+from refbn_d2.layers.peers import BatchRenorm2d, LinkError, MovingAverageBatchNorm2d, link_mabn
 
 C_IN, C = 4, 6
 
@@ -170,6 +170,13 @@ def test_a_batch_norm_checkpoint_starts_it_anew_and_its_means_are_dropped(caplog
     assert "1: the running means of a BatchNorm are dropped" in caplog.text
     assert not net[1].running_mean.any() and net[1].steps == 0
     torch.testing.assert_close(net[1].running_var, bn[1].running_var)
+
+
+def test_another_peers_checkpoint_starts_its_schedule_anew():
+    source, layer = BatchRenorm2d(C), MovingAverageBatchNorm2d(C)
+    source.steps.fill_(5000)
+    layer.load_state_dict(source.state_dict())  # strict
+    assert layer.steps == 0
 
 
 def test_linking_leaves_the_model_clean_and_refuses_by_name():
