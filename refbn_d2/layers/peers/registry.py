@@ -22,8 +22,8 @@ def peer_options(name: str, total_steps: int) -> dict[str, float]:
                paper). The running statistics average over a fortieth of that ramp, but over no
                less than 10 and no more than 100 steps; 100 is the paper's.
         CBN    The authors' burn-in of 8 steps: nothing to scale.
-        MABN   The authors' 100 steps of warm-up and 1,000 with r = 1, but no more than 1 % and
-               10 % of the run.
+        MABN   The authors' 100 steps of warm-up and 1,000 with r = 1, but no more than a quarter
+               of the run each. Averages over the first steps, where weights move fast, diverge.
 
     Raises:
         ValueError: `name` is no peer.
@@ -34,8 +34,8 @@ def peer_options(name: str, total_steps: int) -> dict[str, float]:
         ramp = total_steps // 4
         return {"ramp_steps": ramp, "momentum": min(max(40 / max(ramp, 1), 0.01), 0.1)}
     if name == "MABN":
-        warmup, renorm = min(total_steps // 100, 100), min(total_steps // 10, 1000)
-        return {"warmup_steps": warmup, "renorm_steps": renorm}
+        quarter = total_steps // 4
+        return {"warmup_steps": min(quarter, 100), "renorm_steps": min(quarter, 1000)}
     return {}
 
 

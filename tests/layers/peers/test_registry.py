@@ -148,12 +148,40 @@ def test_cumulative_average(net):
     )
 
 
+@pytest.mark.parametrize("name", PEERS)
+def test_it_learns_a_small_task_in_a_short_run(name):
+    """Which quadrant is brighter; 400 steps of 4 pictures, where chance is an accuracy of 0.25."""
+    generator = torch.Generator().manual_seed(1)
+
+    def pictures(n):
+        y = torch.randint(0, 4, (n,), generator=generator)
+        x = torch.randn(n, 2, 2, 8, 8, generator=generator)  # (N, row, column, 8, 8)
+        x[torch.arange(n), y // 2, y % 2] += 0.7
+        return x.permute(0, 1, 3, 2, 4).reshape(n, 1, 16, 16), y
+
+    torch.manual_seed(0)
+    layers, channels = [], [1, 16, 32, 32]
+    for c_in, c_out, stride in zip(channels, channels[1:], (1, 2, 1), strict=False):
+        norm = PEERS[name](c_out, **peer_options(name, 400))
+        layers += [nn.Conv2d(c_in, c_out, 3, stride, bias=False), norm, nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 4 * 4, 4))
+    link_peers(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, 0.9)
+    for _ in range(400):
+        x, y = pictures(4)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    x, y = pictures(256)
+    assert (model.eval()(x).argmax(1) == y).float().mean() > 0.9
+
+
 def test_schedules_are_the_papers_in_long_runs_and_scaled_in_short_ones():
     assert peer_options("BRN", 160_000) == {"ramp_steps": 40_000, "momentum": 0.01}
     assert peer_options("BRN", 3200) == {"ramp_steps": 800, "momentum": 0.05}
     assert peer_options("BRN", 100)["momentum"] == 0.1
     assert peer_options("MABN", 600_000) == {"warmup_steps": 100, "renorm_steps": 1000}
-    assert peer_options("MABN", 1000) == {"warmup_steps": 10, "renorm_steps": 100}
+    assert peer_options("MABN", 1000) == {"warmup_steps": 100, "renorm_steps": 250}
     for name, peer in PEERS.items():
         peer(C, **peer_options(name, 500))
     with pytest.raises(ValueError, match="unknown peer norm 'XBN'; known: BRN, CBN, MABN"):
