@@ -1,23 +1,42 @@
-"""For DETECTRON2_ENV_MODULE: `DETECTRON2_ENV_MODULE=refbn_d2.env python tools/train_net.py ...`
+"""How RefBN gets into Detectron2: at import, and by DETECTRON2_ENV_MODULE=refbn_d2.env.
 
-Detectron2's own scripts, unmodified, and the worker processes that they spawn then know RefBN. An
-environment module that was set before goes into REFBN_D2_ENV_MODULE (a module or the path of a .py
-file, as for Detectron2), and is set up first.
+With that variable Detectron2's own scripts, unmodified, and the worker processes that they spawn
+know RefBN. An environment module that was set before goes into REFBN_D2_ENV_MODULE (a module or the
+path of a .py file, as for Detectron2), and is set up first.
 """
 
+import importlib.util
+import logging
 import os
-
-from detectron2.utils.env import setup_custom_environment
 
 
 def setup_environment() -> None:
-    """What Detectron2 calls when it is imported.
+    """Set up REFBN_D2_ENV_MODULE and register RefBN; Detectron2 calls this when it is imported.
 
     Raises:
         PluginError: RefBN cannot be registered with this Detectron2.
     """
+    from detectron2.utils.env import setup_custom_environment
+
     if chained := os.environ.get("REFBN_D2_ENV_MODULE"):
         setup_custom_environment(chained)
     from refbn_d2 import plugin
 
     plugin.register()
+
+
+def register_if_installed() -> None:
+    """Register RefBN with Detectron2 where that is installed; warn where it cannot be done."""
+    spec = importlib.util.find_spec("detectron2")
+    if spec is None or spec.origin is None:  # not installed, or a folder of that name
+        return
+    if os.environ.get("DETECTRON2_ENV_MODULE") == "refbn_d2.env":
+        import detectron2  # noqa: F401  it calls setup_environment
+
+        return
+    try:
+        from refbn_d2 import plugin
+
+        plugin.register()
+    except Exception as error:  # everything but the plugin works without it
+        logging.getLogger(__name__).warning("RefBN is not registered with Detectron2: %s", error)

@@ -16,7 +16,7 @@ def free_port():
 @pytest.fixture(scope="session")
 def tiny_shapes(tmp_path_factory):
     """A root of 24 + 6 shapes pictures of 64 pixels."""
-    from refbn_d2.data.shapes import make_detection
+    from refbn_d2.data.shapes.dataset import make_detection
 
     root = tmp_path_factory.mktemp("datasets")
     make_detection(root, size=64, num_train=24, num_val=6)

@@ -10,8 +10,8 @@ import logging
 import sys
 
 from refbn_d2.checkpoint.convert import NORMS
-from refbn_d2.checkpoint.describe import describe
-from refbn_d2.engines.convert_file import TARGETS, convert_file
+from refbn_d2.checkpoint.inspection import describe
+from refbn_d2.export.convert_file import TARGETS, convert_file
 
 
 def parser() -> argparse.ArgumentParser:

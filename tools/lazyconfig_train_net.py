@@ -3,11 +3,11 @@
 
 import argparse
 
-from refbn_d2.arguments import default_argument_parser, run_or_exit
+from refbn_d2.utils.arguments import default_argument_parser, run_or_exit
 
 
 def run(args: argparse.Namespace) -> None:
-    from refbn_d2.engines import lazyconfig
+    from refbn_d2.engines.detectron2 import lazyconfig
 
     lazyconfig.run(args)
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Pretrain a classifier on ImageNet or other labelled images; write its Detectron2 backbone."""
 
-from refbn_d2.arguments import default_argument_parser, run_or_exit
 from refbn_d2.pretrain import run
+from refbn_d2.utils.arguments import default_argument_parser, run_or_exit
 
 if __name__ == "__main__":
     run_or_exit(run, default_argument_parser(__doc__).parse_args())

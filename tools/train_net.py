@@ -3,8 +3,8 @@
 
 import argparse
 
-from refbn_d2.arguments import default_argument_parser, run_or_exit
-from refbn_d2.engines.select import ENGINES, select
+from refbn_d2.engines.select import ENGINES, select_engine
+from refbn_d2.utils.arguments import default_argument_parser, run_or_exit
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,4 +21,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_or_exit(lambda args: select(args.engine).run(args), parser().parse_args())
+    run_or_exit(lambda args: select_engine(args.engine).run(args), parser().parse_args())

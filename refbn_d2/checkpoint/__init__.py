@@ -1,7 +1,13 @@
-from .convert import Contents, convert, identify, pack
-from .describe import describe
-from .files import CheckpointError, LoadReport, load_checkpoint, load_weights, save_checkpoint
-from .names import detectron2_to_torchvision, to_detectron2, torchvision_to_detectron2
+from refbn_d2.checkpoint.convert import Contents, convert, identify, pack
+from refbn_d2.checkpoint.files import load_checkpoint, save_checkpoint
+from refbn_d2.checkpoint.inspection import describe
+from refbn_d2.checkpoint.loading import LoadReport, load_weights
+from refbn_d2.checkpoint.names import (
+    detectron2_to_torchvision,
+    to_detectron2,
+    torchvision_to_detectron2,
+)
+from refbn_d2.utils.errors import CheckpointError
 
 __all__ = [
     "CheckpointError",

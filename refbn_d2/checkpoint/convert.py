@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refbn_d2.layers.conversion import affine
-
-from .files import CheckpointError, listing
-from .names import detectron2_to_torchvision, resnet_name
-from .resnets import SCALARS, VECTORS, ResNet, which_other, which_resnet
+from refbn_d2.checkpoint.names import detectron2_to_torchvision, resnet_name
+from refbn_d2.checkpoint.resnets import SCALARS, VECTORS, ResNet, which_other, which_resnet
+from refbn_d2.layers.fold import affine
+from refbn_d2.utils.errors import CheckpointError, listing
 
 logger = logging.getLogger(__name__)
 

@@ -1,14 +1,21 @@
 """Detectron2's config keys with Detectron2's defaults, and this package's own."""
 
+from refbn_d2.config.cfg_node import CfgNode
 from refbn_d2.config.detectron2_defaults import add_detectron2_defaults
-from refbn_d2.config.node import CfgNode, ConfigError
-from refbn_d2.config.refbn import RefBNOptions, add_refbn_config, refbn_options
+from refbn_d2.config.refbn import (
+    RefBNOptions,
+    add_refbn_config,
+    apply_options,
+    refbn_options,
+)
+from refbn_d2.utils.errors import ConfigError
 
 __all__ = [
     "CfgNode",
     "ConfigError",
     "RefBNOptions",
     "add_refbn_config",
+    "apply_options",
     "get_cfg",
     "refbn_options",
 ]
@@ -19,5 +26,4 @@ def get_cfg() -> CfgNode:
     cfg = CfgNode()
     add_detectron2_defaults(cfg)
     add_refbn_config(cfg)
-    cfg.leave_unset_keys_free()
     return cfg

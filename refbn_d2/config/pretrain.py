@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from refbn_d2.config.node import CfgNode, ConfigError, leaves
+from refbn_d2.config.cfg_node import CfgNode, leaves
 from refbn_d2.config.refbn import add_refbn_model_config
+from refbn_d2.utils.errors import ConfigError
 
 
 class PretrainCfgNode(CfgNode):
@@ -24,7 +25,6 @@ def get_pretrain_cfg() -> CfgNode:
     _add_model(cfg)
     _add_data(cfg)
     _add_solver(cfg)
-    cfg.leave_unset_keys_free()
     return cfg
 
 

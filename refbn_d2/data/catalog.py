@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import shapes
+from refbn_d2.data import shapes
 
 # name -> (image root, json), both under the datasets' root
 _COCO = {

@@ -7,7 +7,7 @@ from types import ModuleType
 ENGINES = ("auto", "detectron2", "torchvision")
 
 
-def select(name: str) -> ModuleType:
+def select_engine(name: str) -> ModuleType:
     """The engine's module, which has `run(args)`; "auto" is Detectron2 where it imports.
 
     Raises:

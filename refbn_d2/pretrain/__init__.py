@@ -4,9 +4,9 @@ import argparse
 
 from refbn_d2.config import refbn_options
 from refbn_d2.config.pretrain import check_pretrain_config, get_pretrain_cfg
-from refbn_d2.distributed import available_device, launch
-
-from .trainer import main
+from refbn_d2.pretrain.trainer import main
+from refbn_d2.utils.device import resolve_device
+from refbn_d2.utils.distributed import launch
 
 
 def run(args: argparse.Namespace) -> dict[str, float]:
@@ -14,7 +14,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     cfg = get_pretrain_cfg()
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
-    cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
+    cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
     check_pretrain_config(cfg)
     refbn_options(cfg)
     cfg.freeze()

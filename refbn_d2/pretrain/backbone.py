@@ -8,9 +8,8 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from refbn_d2.checkpoint import save_checkpoint, torchvision_to_detectron2
-from refbn_d2.checkpoint.files import write_text
-
-from .models import classifier_weight
+from refbn_d2.pretrain.models import classifier_weight
+from refbn_d2.utils.file_io import write_text
 
 _DEPTHS = {
     (BasicBlock, (2, 2, 2, 2)): 18,

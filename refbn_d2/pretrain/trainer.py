@@ -17,40 +17,30 @@ from timm.utils import ModelEmaV3, accuracy
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from refbn_d2 import distributed
 from refbn_d2.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from refbn_d2.config import ConfigError, refbn_options
-from refbn_d2.events import EventWriter, setup_logging
-from refbn_d2.reference import ReferenceBatch, select
-from refbn_d2.training import (
-    TrainingLoop,
-    check_output_dir,
-    last_checkpoint,
-    last_checkpoint_name,
-    seed_everything,
-    seed_of_run,
-)
-
-from .backbone import resnet_keys, write_backbone
-from .data import (
-    ImageSet,
+from refbn_d2.config.resume import FREE_IN_PRETRAINING
+from refbn_d2.pretrain.backbone import resnet_keys, write_backbone
+from refbn_d2.pretrain.data.datasets import ImageSet, load_images
+from refbn_d2.pretrain.data.loaders import (
     Samples,
     Unreadable,
     build_test_loader,
     build_train_loader,
     build_transform,
-    load_images,
 )
-from .models import build_model, check_num_classes
+from refbn_d2.pretrain.models import build_model, check_num_classes
+from refbn_d2.reference.batch import ReferenceBatch
+from refbn_d2.reference.selection import select_reference
+from refbn_d2.training.events import EventWriter, setup_logging
+from refbn_d2.training.loop import TrainingLoop
+from refbn_d2.training.output_dir import check_output_dir, last_checkpoint, last_checkpoint_name
+from refbn_d2.utils import distributed
+from refbn_d2.utils.random_state import seed_everything, seed_of_run
 
 logger = logging.getLogger(__name__)
 
 # What may differ between a run and its resumption without making it another run.
-FREE_ON_RESUME = (
-    "MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.COMPILE", "OUTPUT_DIR", "DATALOADER.NUM_WORKERS",
-    "DATALOADER.MAX_UNREADABLE", "DATASETS.ROOT", "TEST.", "SOLVER.EPOCHS",
-    "SOLVER.CHECKPOINT_PERIOD", "CUDNN_BENCHMARK",
-)  # fmt: skip
 BEST = "model_best.pth"
 
 
@@ -69,7 +59,7 @@ def main(cfg, resume: bool, eval_only: bool) -> dict[str, float]:
     output_dir = Path(cfg.OUTPUT_DIR)
     output_dir.mkdir(parents=True, exist_ok=True)
     if not eval_only:
-        check_output_dir(cfg, resume, FREE_ON_RESUME)
+        check_output_dir(cfg, resume, FREE_IN_PRETRAINING)
     setup_logging(output_dir, distributed.rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     trainer = Trainer(cfg, output_dir, resume, training=not eval_only)
@@ -217,7 +207,7 @@ class Trainer(TrainingLoop):
         """The reference batch: the checkpoint's again, or chosen and captured."""
         options, images = refbn_options(self.cfg), samples.images
         state = checkpoint and checkpoint["refbn"]
-        chosen, identity = select(images, options, images.path.name, identity=state)
+        chosen, identity = select_reference(images, options, images.path.name, identity=state)
         tensors = []
         for place, index in enumerate(tqdm(chosen, "reference batch", disable=None, leave=False)):
             image, _, unreadable = samples.sample(index, options.seed, place)
@@ -232,7 +222,13 @@ class Trainer(TrainingLoop):
                 self.model(rows(chosen))
 
         reference = ReferenceBatch(
-            self.model, tensors, forward, options, identity, self.model, rows
+            self.model,
+            tensors,
+            options,
+            forward=forward,
+            identity=identity,
+            concat_to=self.model,
+            rows=rows,
         )
         if state:
             reference.load_state_dict(state)
@@ -274,7 +270,7 @@ class Trainer(TrainingLoop):
                     logits = self.wrapped(x)
                     loss = self.loss(logits.float(), y) / parts
                 self.scaler.scale(loss).backward()
-            if self.reference and part == 0:  # a slice rides on the first part
+            if self.reference and part == 0:  # a slice goes with the first part
                 self.reference.after_step()
             total += loss.detach()
             outputs.append(logits.detach())

@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from refbn_d2.checkpoint.convert import NORMS, convert, identify, pack
-from refbn_d2.checkpoint.files import CheckpointError, load_checkpoint, save_checkpoint
+from refbn_d2.checkpoint.files import load_checkpoint, save_checkpoint
 from refbn_d2.checkpoint.names import torchvision_to_detectron2
 from refbn_d2.layers import RefBatchNorm2d
+from refbn_d2.utils.errors import CheckpointError
 
 NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d"]
 NAMES += ["resnext101_32x8d", "wide_resnet50_2"]

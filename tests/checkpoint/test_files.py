@@ -14,15 +14,11 @@ import torch
 import torchvision
 from torch import nn
 
-from refbn_d2.checkpoint.files import (
-    CheckpointError,
-    load_checkpoint,
-    load_weights,
-    remove_unfinished,
-    save_checkpoint,
-    write_text,
-)
+from refbn_d2.checkpoint.files import load_checkpoint, save_checkpoint
+from refbn_d2.checkpoint.loading import load_weights
 from refbn_d2.layers import RefBatchNorm2d
+from refbn_d2.utils.errors import CheckpointError
+from refbn_d2.utils.file_io import remove_unfinished, write_text
 
 
 class Code:
@@ -109,9 +105,9 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path):
     """By a process that is killed in the middle of a file, really."""
     code = """
 import os, sys
-from refbn_d2.checkpoint.files import _written_whole
+from refbn_d2.utils.file_io import written_whole
 from pathlib import Path
-with _written_whole(Path(sys.argv[1])) as file:
+with written_whole(Path(sys.argv[1])) as file:
     file.write(b"half")
     os.kill(os.getpid(), 9)
 """
@@ -124,7 +120,7 @@ with _written_whole(Path(sys.argv[1])) as file:
     assert (tmp_path / "model.pth").read_text() == "whole"
 
 
-def test_a_text_is_written_whole(tmp_path):
+def test_a_text_iswritten_whole(tmp_path):
     write_text(tmp_path / "folder" / "last_checkpoint", "modèle.pth")
     write_text(tmp_path / "folder" / "last_checkpoint", "model.pth")
     assert (tmp_path / "folder" / "last_checkpoint").read_text() == "model.pth"

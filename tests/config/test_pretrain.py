@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from refbn_d2.config import ConfigError, get_cfg, refbn_options
-from refbn_d2.config.node import leaves
+from refbn_d2.config.cfg_node import leaves
 from refbn_d2.config.pretrain import _ALLOWED, check_pretrain_config, get_pretrain_cfg
 
 CONFIGS = Path(__file__).parents[2] / "configs/pretrain"

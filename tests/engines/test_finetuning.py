@@ -9,7 +9,7 @@ from torchvision.models import resnet18
 
 from refbn_d2.checkpoint import load_checkpoint
 from refbn_d2.checkpoint.files import save_checkpoint
-from refbn_d2.engines.convert_file import convert_file
+from refbn_d2.export.convert_file import convert_file
 from refbn_d2.layers import convert_to_refbn, refbn_layers
 
 

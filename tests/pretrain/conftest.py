@@ -3,7 +3,7 @@ import pytest
 pytest.importorskip("timm")
 
 from refbn_d2.config.pretrain import get_pretrain_cfg  # noqa: E402
-from refbn_d2.data.shapes import make_classification  # noqa: E402
+from refbn_d2.data.shapes.dataset import make_classification
 
 
 @pytest.fixture(scope="session")

@@ -17,15 +17,14 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from refbn_d2.config import ConfigError
 from refbn_d2.data import shapes
-from refbn_d2.data.shapes import CLASSES, DOMAINS
-from refbn_d2.pretrain.data import (
-    ImageSet,
+from refbn_d2.data.shapes.drawing import CLASSES, DOMAINS
+from refbn_d2.pretrain.data.datasets import ImageSet, load_images
+from refbn_d2.pretrain.data.loaders import (
     Samples,
     Unreadable,
     build_test_loader,
     build_train_loader,
     build_transform,
-    load_images,
 )
 
 

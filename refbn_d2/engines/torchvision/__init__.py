@@ -3,10 +3,10 @@
 import argparse
 
 from refbn_d2.config import get_cfg, refbn_options
-from refbn_d2.distributed import available_device, launch
-
-from .supported import check_supported
-from .trainer import main
+from refbn_d2.engines.torchvision.supported import check_supported
+from refbn_d2.engines.torchvision.trainer import main
+from refbn_d2.utils.device import resolve_device
+from refbn_d2.utils.distributed import launch
 
 
 def run(args: argparse.Namespace):
@@ -16,7 +16,7 @@ def run(args: argparse.Namespace):
     cfg.merge_from_list(args.opts)
     check_supported(cfg)
     refbn_options(cfg)
-    cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
+    cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
     cfg.freeze()
     return launch(
         main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, cfg.MODEL.DEVICE,

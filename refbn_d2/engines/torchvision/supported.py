@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from refbn_d2.config import ConfigError
-from refbn_d2.config.node import OTHER_ENGINE
+from refbn_d2.config.cfg_node import OTHER_ENGINE
 
 NORMS = ("RefBN", "BN", "SyncBN", "FrozenBN", "GN", "")
 

@@ -8,24 +8,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from refbn_d2 import distributed
-from refbn_d2.checkpoint.files import load_checkpoint, load_weights, write_text
+from refbn_d2.checkpoint.files import load_checkpoint
+from refbn_d2.checkpoint.loading import load_weights
 from refbn_d2.config import ConfigError, refbn_options
-from refbn_d2.engines import FREE_ON_RESUME
-from refbn_d2.events import setup_logging
-from refbn_d2.layers import refbn_layers
-from refbn_d2.metrics import coco_ap
-from refbn_d2.pictures import SAMPLES_SHOWN, draw_samples, sample_item
-from refbn_d2.reference import ReferenceBatch, image_rows, is_landscape, select
-from refbn_d2.training import (
-    TrainingLoop,
-    check_output_dir,
-    last_checkpoint,
-    seed_everything,
-    seed_of_run,
-)
-
-from .data import (
+from refbn_d2.config.resume import FREE_IN_DETECTION
+from refbn_d2.engines.torchvision.data import (
     LoadedDataset,
     Mapper,
     build_test_loader,
@@ -34,8 +21,20 @@ from .data import (
     load_test_dicts,
     load_train_dicts,
 )
-from .modeling import build_model
-from .solver import build_optimizer, gradient_clipper, lr_multiplier
+from refbn_d2.engines.torchvision.modeling import build_model
+from refbn_d2.engines.torchvision.solver import build_optimizer, gradient_clipper, lr_multiplier
+from refbn_d2.layers import has_refbn
+from refbn_d2.metrics import coco_ap
+from refbn_d2.reference.batch import ReferenceBatch
+from refbn_d2.reference.detection import image_rows
+from refbn_d2.reference.selection import is_landscape, select_reference
+from refbn_d2.training.events import setup_logging
+from refbn_d2.training.loop import TrainingLoop
+from refbn_d2.training.output_dir import check_output_dir, last_checkpoint
+from refbn_d2.utils import distributed
+from refbn_d2.utils.file_io import write_text
+from refbn_d2.utils.random_state import seed_everything, seed_of_run
+from refbn_d2.visualization.samples import SAMPLES_SHOWN, draw_samples, sample_item
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ def main(cfg, resume: bool, eval_only: bool, allow_partial_weights: bool = False
     output_dir = Path(cfg.OUTPUT_DIR)
     output_dir.mkdir(parents=True, exist_ok=True)
     if not eval_only:
-        check_output_dir(cfg, resume, FREE_ON_RESUME)
+        check_output_dir(cfg, resume, FREE_IN_DETECTION)
     setup_logging(output_dir, distributed.rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     trainer = Trainer(cfg, output_dir, resume, allow_partial_weights, training=not eval_only)
@@ -114,7 +113,7 @@ class Trainer(TrainingLoop):
             self.seed,
         )  # fmt: skip
         self.reference = None
-        if any(True for _ in refbn_layers(self.model)):
+        if has_refbn(self.model):
             self.reference = self._reference(data, checkpoint)
         self.wrapped = distributed.data_parallel(self.model, self.device)
         if checkpoint:
@@ -129,7 +128,7 @@ class Trainer(TrainingLoop):
             dicts = [d for d in dicts if has_objects(d)]
         group_of = is_landscape if cfg.DATALOADER.ASPECT_RATIO_GROUPING else lambda d: None
         state = checkpoint and checkpoint["refbn"]
-        chosen, identity = select(dicts, options, names, group_of, state)
+        chosen, identity = select_reference(dicts, options, names, group_of, state)
         mapper = Mapper(cfg, is_train=True)
         samples = [
             mapper(dicts[index], np.random.default_rng([options.seed, place]))
@@ -143,9 +142,14 @@ class Trainer(TrainingLoop):
                 self.model(samples)
 
         reference = ReferenceBatch(
-            self.model, samples, forward, options, identity, self.model.backbone,
-            image_rows(self.model),
-        )  # fmt: skip
+            self.model,
+            samples,
+            options,
+            forward=forward,
+            identity=identity,
+            concat_to=self.model.backbone,
+            rows=image_rows(self.model),
+        )
         if state:
             reference.load_state_dict(state)
         else:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from refbn_d2.data.samplers import GroupedBatchSampler, start_worker
 from refbn_d2.engines.torchvision.data.mapper import Mapper
-from refbn_d2.reference import is_landscape
+from refbn_d2.reference.selection import is_landscape
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbone import Conv2d
-from .boxes import apply_deltas, box_deltas, clip_boxes, match, nms_in_groups, nonempty, sample
+from refbn_d2.engines.torchvision.modeling.backbone import Conv2d
+from refbn_d2.engines.torchvision.modeling.boxes import (
+    apply_deltas,
+    box_deltas,
+    clip_boxes,
+    match,
+    nms_in_groups,
+    nonempty,
+    sample,
+)
 
 
 class Targets(NamedTuple):

@@ -1,0 +1,106 @@
+"""What a checkpoint file is, in words: `tools/convert_checkpoint.py --inspect`."""
+
+import os
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from refbn_d2.checkpoint.convert import Contents, all_tensors, identify, misfits
+from refbn_d2.checkpoint.files import WRAPPERS, file_format, load_checkpoint
+from refbn_d2.checkpoint.resnets import SCALARS
+from refbn_d2.utils.errors import CheckpointError, listing
+
+FORMATS = {"torch": "torch.save", "pickle": "pickle of arrays", "safetensors": "safetensors"}
+LAYOUTS = {"torchvision": "torchvision's (and timm's)", "detectron2": "Detectron2's"}
+_STATISTICS = ("running_mean", "running_var", "ref_mean", "ref_var", *SCALARS)
+
+
+def describe(path: str | os.PathLike, key: str | None = None) -> str:
+    """Lines on `path`'s format, model, norms, size and training state, and on what loads it.
+
+    Args:
+        key: as `load_checkpoint`'s.
+
+    Raises:
+        FileNotFoundError, CheckpointError: `load_checkpoint`'s.
+    """
+    path = Path(path)
+    checkpoint = load_checkpoint(path, key=key)
+    tensors = all_tensors(checkpoint)
+    parameters = [t.numel() for n, t in tensors.items() if not n.endswith(_STATISTICS)]
+    rows = [
+        ("format", f"{FORMATS[file_format(path)]}, {path.stat().st_size / 2**20:.1f} MiB"),
+        ("parameters", f"{sum(parameters):,} in {len(parameters)} of {len(tensors)} tensors"),
+        *_beside_the_weights(checkpoint),
+    ]
+    try:
+        contents = identify(checkpoint, str(path))
+    except CheckpointError as error:
+        return f"{_table(rows)}\n\n{error}"
+    wrong, missing, without = misfits(contents, contents.layout)
+    rows += [
+        ("model", _model(contents)),
+        ("layout", LAYOUTS[contents.layout]),
+        ("wrong shape", listing(wrong, 8)),
+        ("lacking", listing(missing, 8)),
+        ("no part of it", listing(without, 8)),
+    ]
+    takes = "\n".join(_what_takes_it(contents, checkpoint, path))
+    return f"{_table(rows)}\n\n{takes}\n{config_lines(contents.config())}"
+
+
+def config_lines(config: Mapping[str, Any]) -> str:
+    """KEY VALUE on a line each, as a command line takes them."""
+    return "\n".join(f"  {key} {shlex.quote(str(value))}" for key, value in config.items())
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(f"{title:14}{text}" for title, text in rows if text)
+
+
+def _model(contents: Contents) -> str:
+    what = f"{contents.which} with {contents.norms['MODEL.RESNETS.NORM'] or 'no norm'}"
+    if contents.is_detector:
+        parts = [name.split(".") for name in contents.tensors]
+        heads = dict.fromkeys(part[1] for part in parts if part[0] == "roi_heads")
+        fpn = ["FPN"] if "MODEL.FPN.NORM" in contents.norms else []
+        return f"detector, {', '.join([what, *fpn, *heads])}"
+    if contents.classes is not None:
+        return f"classifier, {what}, {contents.classes} classes"
+    return f"backbone, {what}"
+
+
+def _beside_the_weights(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    known = ("model", "classifier", "refbn", "matching_heuristics", "__author__")
+    others = {key: value for key, value in checkpoint.items() if key not in known}
+    averages = [key for key in others if key in WRAPPERS]
+    yield "averages", listing(f"{key} (--key {key} takes them)" for key in averages)
+    state = [
+        f"{key} {value}" if isinstance(value, str | int | float) else str(key)
+        for key, value in others.items()
+        if key not in averages
+    ]
+    yield "training", listing(state)
+    if isinstance(refbn := checkpoint.get("refbn"), Mapping):
+        images, dataset = refbn.get("images", ()), refbn.get("dataset")
+        yield "reference", f"{len(images)} images of {dataset}, seed {refbn.get('seed')}"
+
+
+def _what_takes_it(contents: Contents, checkpoint: Mapping[str, Any], path: Path) -> Iterator[str]:
+    detectron2 = (
+        contents.layout == "detectron2"
+        and (contents.is_detector or checkpoint.get("matching_heuristics"))
+        and (path.suffix == ".pth" or (path.suffix == ".pkl" and "__author__" in checkpoint))
+        and "RefBN" not in contents.norms.values()
+    )
+    command = f"python tools/convert_checkpoint.py {path}"
+    if detectron2:
+        yield "MODEL.WEIGHTS takes it, in Detectron2 and here, with the keys below."
+    else:
+        yield "MODEL.WEIGHTS takes it here, with the keys below; in Detectron2, after"
+        yield f"  {command} OUT.pkl --to detectron2 --norm FrozenBN"
+    if contents.layout == "detectron2" and contents.which.is_torchvisions:
+        partly = " --allow-partial" if contents.is_detector else ""
+        yield f"torchvision takes its {contents.which} after"
+        yield f"  {command} OUT.pth --to torchvision --norm BN{partly}"

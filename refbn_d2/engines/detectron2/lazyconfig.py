@@ -1,0 +1,144 @@
+"""Detectron2's LazyConfig: what its `tools/lazyconfig_train_net.py` does, and what we add.
+
+That script, unmodified, trains RefBN with the defaults (`refbn_d2.env`). Here a config may hold
+
+    refbn = dict(refresh="slice", num_images=64)  # of RefBNOptions; MODEL.REFBN in lower case
+
+and the run has `curves.png` and `samples.png`, stops at weights that do not fit, and trains on the
+CPU where there is no GPU.
+"""
+
+import argparse
+import functools
+import logging
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import (
+    AMPTrainer,
+    SimpleTrainer,
+    default_setup,
+    default_writers,
+    defaults,
+    hooks,
+)
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from refbn_d2.config import ConfigError, RefBNOptions
+from refbn_d2.config.refbn import LAYER_OPTIONS
+from refbn_d2.engines.detectron2.trainer import (
+    Checkpointer,
+    Curves,
+    draw_predictions,
+    join_workers,
+    setup_log,
+)
+from refbn_d2.layers import has_refbn
+from refbn_d2.plugin.hook import ReferenceBatchHook, unwrapped
+from refbn_d2.training.output_dir import check_not_overwritten
+from refbn_d2.utils.device import resolve_device
+from refbn_d2.utils.distributed import launch
+
+logger = logging.getLogger(__name__)
+
+
+def run(args: argparse.Namespace) -> None:
+    """What `tools/lazyconfig_train_net.py` does; see its `--help` for `args`.
+
+    Raises:
+        ValueError: `refbn` holds what is no option, or is out of range.
+        FileExistsError: train.output_dir holds a run, and it is not to be resumed.
+    """
+    cfg = _config(args.config_file, tuple(args.opts))
+    _options(cfg)
+    launch(
+        _main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url,
+        torch.device(cfg.train.device).type, (args,),
+    )  # fmt: skip
+
+
+@functools.cache  # read again in a spawned worker: a config is a program, and may register data
+def _config(file: str, overrides: tuple[str, ...]) -> DictConfig:
+    cfg = LazyConfig.apply_overrides(LazyConfig.load(file), list(overrides))
+    cfg.train.device = resolve_device(cfg.train.device)
+    if cfg.train.amp.enabled and cfg.train.device == "cpu":
+        logger.warning("train.amp: Detectron2 has it on CUDA alone; training in float32.")
+        cfg.train.amp.enabled = False
+    return cfg
+
+
+def _options(cfg: DictConfig) -> RefBNOptions | None:
+    """`refbn`, where there is one; the layers keep their own of what it does not set of theirs."""
+    if "refbn" not in cfg:
+        return None
+    try:
+        layers_own = dict.fromkeys(LAYER_OPTIONS)
+        return RefBNOptions(**layers_own | OmegaConf.to_container(cfg.refbn))
+    except TypeError as error:
+        known = ", ".join(field.name for field in fields(RefBNOptions))
+        raise ConfigError(f"refbn = {cfg.refbn}: {error}. Its options: {known}.") from error
+
+
+def _main(args: argparse.Namespace) -> None:
+    """In every worker."""
+    cfg = _config(args.config_file, tuple(args.opts))
+    join_workers(cfg.train.device, args)
+    if not (args.resume or args.eval_only):
+        check_not_overwritten(Path(cfg.train.output_dir))
+    comm.synchronize()
+    default_setup(cfg, args)
+    setup_log(cfg.train.output_dir)
+    model = instantiate(cfg.model).to(cfg.train.device)
+    if args.eval_only:
+        model = defaults.create_ddp_model(model)
+        checkpointer = Checkpointer(model, "", args.allow_partial_weights)
+        checkpointer.load(cfg.train.init_checkpoint)
+        _evaluate(cfg, model)
+    else:
+        _train(cfg, args, model)
+
+
+def _train(cfg: DictConfig, args: argparse.Namespace, model: nn.Module) -> None:
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    loader = instantiate(cfg.dataloader.train)
+    model = defaults.create_ddp_model(model, **cfg.train.ddp)
+    trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
+    checkpointer = Checkpointer(
+        model, cfg.train.output_dir, args.allow_partial_weights, trainer=trainer
+    )
+    used = [
+        hooks.IterationTimer(),
+        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        hooks.EvalHook(cfg.train.eval_period, lambda: _evaluate(cfg, model)),
+    ]
+    if has_refbn(model):
+        used.append(ReferenceBatchHook(_options(cfg)))
+    if comm.is_main_process():
+        # Saved before an evaluation that may fail; written behind it, with its results.
+        used.insert(2, hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer))
+        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
+        used.append(hooks.PeriodicWriter(writers, period=cfg.train.log_period))
+        used.append(Curves(cfg.train.output_dir, cfg.train.eval_period))
+    trainer.register_hooks(used)
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+    resumed = args.resume and checkpointer.has_checkpoint()
+    trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
+
+
+def _evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:
+    if "evaluator" not in cfg.dataloader:
+        return None
+    test = cfg.dataloader.test
+    results = inference_on_dataset(model, instantiate(test), instantiate(cfg.dataloader.evaluator))
+    print_csv_format(results)
+    names = test.dataset.get("names")  # of get_detection_dataset_dicts
+    if names and comm.is_main_process():
+        name = names if isinstance(names, str) else names[0]
+        draw_predictions(unwrapped(model), name, instantiate(test.mapper), cfg.train.output_dir)
+    return results

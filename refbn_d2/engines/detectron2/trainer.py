@@ -1,0 +1,306 @@
+"""The engine that drives Detectron2 itself: its DefaultTrainer, with this package's outputs.
+
+Beside what Detectron2's own `tools/train_net.py` does: RefBN and its reference batch,
+DATASETS.REGISTER, `curves.png` and `samples.png`, weights that do not fit stop the run, and the CPU
+where there is no GPU.
+"""
+
+import argparse
+import functools
+import logging
+import os
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.engine import DefaultTrainer, default_setup, defaults, hooks
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+    inference_context,
+    verify_results,
+)
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.structures import BoxMode
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from refbn_d2 import plugin
+from refbn_d2.checkpoint.files import Caffe2Checkpoint, load_checkpoint
+from refbn_d2.checkpoint.loading import load_weights
+from refbn_d2.config import ConfigError
+from refbn_d2.config.resume import FREE_IN_DETECTION
+from refbn_d2.plugin.hook import unwrapped
+from refbn_d2.training.output_dir import check_output_dir, check_resumable
+from refbn_d2.utils.device import resolve_device
+from refbn_d2.utils.distributed import launch
+from refbn_d2.visualization.curves import plot_curves
+from refbn_d2.visualization.samples import SAMPLES_SHOWN, draw_samples, sample_item
+
+logger = logging.getLogger(__name__)
+
+plugin.register()  # in spawned workers too
+
+
+def run(args: argparse.Namespace) -> None:
+    """What `tools/train_net.py` does on this engine; see its `--help` for `args`.
+
+    Raises:
+        ConfigError: a key that Detectron2 does not know, or a value of another type.
+    """
+    cfg = _config(args)
+    launch(
+        _main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url,
+        torch.device(cfg.MODEL.DEVICE).type, (cfg, args),
+    )  # fmt: skip
+
+
+def _config(args: argparse.Namespace) -> CfgNode:
+    cfg = get_cfg()
+    try:
+        cfg.merge_from_file(args.config_file)
+        cfg.merge_from_list(args.opts)
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ConfigError(f"{args.config_file}, overridden by {args.opts}: {error}") from error
+    cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
+    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
+        logger.warning("SOLVER.AMP: Detectron2 has it on CUDA alone; training in float32.")
+        cfg.SOLVER.AMP.ENABLED = False
+    cfg.freeze()
+    return cfg
+
+
+def _main(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """In every worker."""
+    join_workers(cfg.MODEL.DEVICE, args)
+    if not args.eval_only:
+        check_output_dir(cfg, args.resume, FREE_IN_DETECTION)
+    comm.synchronize()  # all have read the old config.yaml
+    default_setup(cfg, args)
+    setup_log(cfg.OUTPUT_DIR)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, args.allow_partial_weights)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = Trainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(Trainer.test_with_TTA(cfg, model))
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return
+    trainer = Trainer(cfg, args.allow_partial_weights)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+
+
+def join_workers(device: str, args: argparse.Namespace) -> None:
+    """What Detectron2's `launch` does in a worker, beyond ours."""
+    if comm.get_world_size() == 1:
+        return
+    comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", args.num_gpus)))
+    if device == "cpu":  # DistributedDataParallel takes no device_ids there; Detectron2 gives some
+        defaults.create_ddp_model = functools.partial(defaults.create_ddp_model, device_ids=None)
+
+
+def setup_log(output_dir: str) -> None:
+    """This package's log beside Detectron2's; a traceback of a user's error in log.txt alone."""
+    for handler in setup_logger(output_dir, comm.get_rank(), name="refbn_d2").handlers:
+        if getattr(handler, "stream", None) is sys.stdout:
+            handler.setLevel(logging.INFO)
+
+
+class Trainer(DefaultTrainer):
+    """DefaultTrainer with evaluators, pictures, and loading that fails loudly."""
+
+    def __init__(self, cfg: CfgNode, allow_partial_weights: bool = False) -> None:
+        self.allow_partial_weights = allow_partial_weights
+        super().__init__(cfg)
+
+    def build_hooks(self) -> list[hooks.HookBase]:
+        """DefaultTrainer's, around our checkpointer, and the curves."""
+        self.checkpointer = Checkpointer(
+            self.model, self.cfg.OUTPUT_DIR, self.allow_partial_weights, trainer=weakref.proxy(self)
+        )
+        built = super().build_hooks()
+        if self.cfg.TEST.AUG.ENABLED:
+            # Behind the evaluation on every worker: worker 0 alone has hooks that write, later on.
+            evaluation = [type(hook) for hook in built].index(hooks.EvalHook)
+            augmented = hooks.EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))
+            built.insert(evaluation + 1, augmented)
+        if comm.is_main_process():
+            built.append(Curves(self.cfg.OUTPUT_DIR, self.cfg.TEST.EVAL_PERIOD))
+        return built
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
+        return build_evaluator(dataset_name, output_folder or f"{cfg.OUTPUT_DIR}/inference")
+
+    @classmethod
+    def test(
+        cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None
+    ) -> dict:
+        """As DefaultTrainer's; draws pictures of the first data set."""
+        results = super().test(cfg, model, evaluators)
+        if comm.is_main_process() and evaluators is None and cfg.DATASETS.TEST:
+            mapper = DatasetMapper(cfg, is_train=False)
+            draw_predictions(unwrapped(model), cfg.DATASETS.TEST[0], mapper, cfg.OUTPUT_DIR)
+        return results
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict:
+        """Results with test-time augmentation, "_TTA" behind each task's name."""
+        folder = f"{cfg.OUTPUT_DIR}/inference_TTA"
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, unwrapped(model)), evaluators)
+        return {f"{task}_TTA": metrics for task, metrics in results.items()}
+
+
+def build_evaluator(dataset_name: str, output_folder: str) -> DatasetEvaluator:
+    """The evaluator of a data set's type, as in Detectron2's own script.
+
+    Raises:
+        NotImplementedError: there is none for this type; names it.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    semantic = functools.partial(SemSegEvaluator, output_dir=output_folder)
+    coco = functools.partial(COCOEvaluator, output_dir=output_folder)
+    panoptic = functools.partial(COCOPanopticEvaluator, output_dir=output_folder)
+    by_kind = {
+        "coco": [coco],
+        "sem_seg": [semantic],
+        "coco_panoptic_seg": [semantic, coco, panoptic],
+        "lvis": [functools.partial(LVISEvaluator, output_dir=output_folder)],
+        "pascal_voc": [PascalVOCDetectionEvaluator],
+        "cityscapes_instance": [CityscapesInstanceEvaluator],
+        "cityscapes_sem_seg": [CityscapesSemSegEvaluator],
+    }
+    if kind not in by_kind:
+        raise NotImplementedError(
+            f"There is no evaluator for data set {dataset_name} of evaluator_type {kind!r}; known: "
+            f"{', '.join(by_kind)}. Set it with MetadataCatalog, or leave it out of DATASETS.TEST."
+        )
+    evaluators = [build(dataset_name) for build in by_kind[kind]]
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+
+class Checkpointer(DetectionCheckpointer):
+    """DetectionCheckpointer that takes torchvision's and timm's ResNets, and fails loudly.
+
+    `checkpoint.files.load_weights` says what fits, and raises where under 95 % of the backbone do.
+    """
+
+    def __init__(
+        self, model: nn.Module, save_dir: str, allow_partial: bool, **checkpointables
+    ) -> None:
+        super().__init__(model, save_dir, **checkpointables)
+        self.allow_partial = allow_partial
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
+        """As DetectionCheckpointer's.
+
+        Raises:
+            FileNotFoundError: worker 0 has no such file.
+            CheckpointError: it cannot be read, or does not fit the model.
+            ValueError: a run is to be resumed, and it is of another program's run.
+        """
+        file = path.partition("?")[0]  # behind it: matching_heuristics=True
+        if path and "://" not in path and comm.is_main_process() and not os.path.isfile(file):
+            raise FileNotFoundError(f"{file}: there is no such checkpoint file (MODEL.WEIGHTS).")
+        self._needed = self.checkpointables if checkpointables is None else checkpointables
+        return super().load(path, checkpointables)
+
+    def _load_file(self, filename: str) -> dict:
+        self._source = filename
+        url = getattr(self, "_parsed_url_during_load", None)  # release 0.6 has none
+        if filename.endswith(".pyth") or (url and url.query):
+            return super()._load_file(filename)
+        try:
+            checkpoint = load_checkpoint(filename)
+        except Caffe2Checkpoint:
+            return super()._load_file(filename)
+        check_resumable(filename, checkpoint, self._needed)
+        return checkpoint
+
+    def _load_model(self, checkpoint: dict) -> None:
+        state = checkpoint.pop("model")
+        self._convert_ndarray_to_tensor(state)
+        if checkpoint.get("matching_heuristics"):
+            of_caffe2 = checkpoint.get("__author__") == "Caffe2"
+            state = align_and_update_state_dicts(self.model.state_dict(), state, of_caffe2)
+            if of_caffe2:
+                state = _with_statistics(state)
+        load_weights(self.model, state, self._source, self.allow_partial)
+
+
+def _with_statistics(state: dict) -> dict:
+    """Caffe2's norms have weight and bias alone: their running statistics are folded in."""
+    for name in [name for name in state if name.endswith("norm.weight")]:
+        layer = name.removesuffix("weight")
+        state.setdefault(f"{layer}running_mean", torch.zeros_like(state[name]))
+        state.setdefault(f"{layer}running_var", torch.ones_like(state[name]))
+    return state
+
+
+class Curves(hooks.HookBase):
+    """Draws curves.png out of metrics.json, where Detectron2's EvalHook has evaluated."""
+
+    def __init__(self, output_dir: str, period: int) -> None:
+        self.folder, self.period = Path(output_dir), period
+
+    def after_step(self) -> None:
+        if self.period > 0 and (self.trainer.iter + 1) % self.period == 0:
+            self.after_train()
+
+    def after_train(self) -> None:
+        try:
+            plot_curves(self.folder / "metrics.json", self.folder / "curves.png")
+        except (ValueError, FileNotFoundError) as error:  # nothing to draw yet
+            logger.warning("No curves.png: %s", error)
+
+
+def draw_predictions(
+    model: nn.Module, dataset_name: str, mapper: Callable[[dict], dict], output_dir: str
+) -> None:
+    """samples.png: the first images of a test set, predictions beside the ground truth.
+
+    Nothing is drawn of data without annotations, nor of a model without instances.
+    """
+    shown = DatasetCatalog.get(dataset_name)[:SAMPLES_SHOWN]
+    dicts = [_boxes_as_coco_has_them(d) for d in shown if "annotations" in d]
+    with inference_context(model), torch.no_grad():
+        outputs = [model([mapper(d)])[0].get("instances") for d in dicts]
+    items = [
+        sample_item(dataset_dict, _fields(instances))
+        for dataset_dict, instances in zip(dicts, outputs, strict=True)
+        if instances is not None
+    ]
+    if items:
+        names = MetadataCatalog.get(dataset_name).thing_classes
+        draw_samples(items, names, Path(output_dir) / "samples.png")
+
+
+def _boxes_as_coco_has_them(dataset_dict: dict) -> dict:
+    def converted(annotation: dict) -> dict:
+        mode = annotation["bbox_mode"]
+        return annotation | {"bbox": BoxMode.convert(annotation["bbox"], mode, BoxMode.XYWH_ABS)}
+
+    return dataset_dict | {"annotations": list(map(converted, dataset_dict["annotations"]))}
+
+
+def _fields(instances) -> dict:
+    fields = instances.get_fields()
+    return fields | {"pred_boxes": fields["pred_boxes"].tensor}

@@ -1,0 +1,1 @@
+"""Checkpoint tools that build a model: from file to file, verification, ONNX and TorchScript."""

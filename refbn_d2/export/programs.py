@@ -1,0 +1,110 @@
+"""A backbone as ONNX or TorchScript, its norms folded into its convolutions.
+
+Shapes:
+    images      (N, 3, H, W) float32, normalised as in training; H and W are multiples of 32
+    maps        "res2", ... "res5" of a ResNet alone, those of a detector's backbone, as "p2", ...
+"""
+
+import io
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from refbn_d2.checkpoint.convert import Contents
+from refbn_d2.config import CfgNode
+from refbn_d2.engines.torchvision.modeling.backbone import build_backbone
+from refbn_d2.engines.torchvision.supported import check_supported
+from refbn_d2.export.verify import compare, load, model_config, resnet_config, resnet_state
+from refbn_d2.layers import fold
+from refbn_d2.utils.errors import CheckpointError
+
+STRIDE = 32
+
+Program = Callable[[Tensor], dict[str, Tensor]]  # images -> maps
+
+
+def export(contents: Contents, to: str, cfg: CfgNode | None = None) -> tuple[bytes, str]:
+    """(the program's file, a table of how far its maps are from the model's before folding)
+
+    Args:
+        contents: in Detectron2's layout.
+        to: "onnx" or "torchscript".
+        cfg: as for `model_config`; a detector needs it.
+
+    Raises:
+        ConfigError: the backbone is none of this package's.
+        CheckpointError: the tensors do not fit it; the program computes something else; or what
+            writes ONNX is not installed.
+    """
+    model = _backbone(contents, cfg)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TorchScript is on its way out
+        data, run = (_onnx if to == "onnx" else _torchscript)(fold(model), contents.source)
+        if run is None:
+            return data, "not checked, as onnxruntime is not installed"
+        images = _images(1, 4, 5)  # neither the size nor the number that the program was made with
+        with torch.no_grad():
+            found, expected = run(images), model(images)
+    return data, compare(found, expected, f"the {contents.which} against {to}", contents.source)
+
+
+def _backbone(contents: Contents, cfg: CfgNode | None) -> nn.Module:
+    if contents.is_detector:
+        cfg = model_config(contents, cfg)
+        check_supported(cfg)
+        state = {
+            name.removeprefix("backbone."): tensor
+            for name, tensor in contents.tensors.items()
+            if name.startswith("backbone.")
+        }
+    else:
+        cfg, state = resnet_config(contents, cfg), resnet_state(contents)
+        cfg.MODEL.RESNETS.OUT_FEATURES.remove("stem")
+    return load(build_backbone(cfg), contents, state)
+
+
+def _images(n: int, rows: int, columns: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, 3, rows * STRIDE, columns * STRIDE, generator=generator)
+
+
+def _onnx(model: nn.Module, source: str) -> tuple[bytes, Program | None]:
+    names = list(model.strides)
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError(
+            f"{source}: writing ONNX needs `pip install onnx onnxscript`."
+        ) from error
+    sizes = {0: Dim("n"), 2: STRIDE * Dim("h"), 3: STRIDE * Dim("w")}
+    program = torch.onnx.export(
+        model,
+        (_images(2, 2, 3),),
+        input_names=["images"],
+        output_names=names,
+        dynamic_shapes=(sizes,),
+        external_data=False,
+        verbose=False,
+    )
+    data = program.model_proto.SerializeToString()
+    try:
+        import onnxruntime
+    except ImportError:
+        return data, None
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> dict[str, Tensor]:
+        maps = session.run(names, {"images": images.numpy()})
+        return {name: torch.from_numpy(value) for name, value in zip(names, maps, strict=True)}
+
+    return data, run
+
+
+def _torchscript(model: nn.Module, source: str) -> tuple[bytes, Program]:
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, _images(2, 2, 3), strict=False), file)
+    file.seek(0)
+    return file.getvalue(), torch.jit.load(file)

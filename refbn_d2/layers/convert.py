@@ -1,0 +1,148 @@
+"""Any model's norms: BatchNorm to RefBN and back, and folded into the convolutions.
+
+At inference RefBN is an affine map a channel, as BatchNorm is: what `convert_from_refbn` and `fold`
+return needs nothing of this package.
+"""
+
+import logging
+from collections.abc import Callable
+
+from torch import nn
+
+from refbn_d2.layers.ref_batch_norm import Moments, RefBatchNorm2d, refbn_layers
+
+logger = logging.getLogger(__name__)
+
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def convert_to_refbn(model: nn.Module, **options) -> nn.Module:
+    """Replace every BatchNorm2d, SyncBatchNorm and FrozenBatchNorm2d in `model` by RefBatchNorm2d.
+
+    In place but for the root: use the return value. Parameters stay the same objects, so that an
+    optimizer's still hold (a frozen norm's buffers become parameters), and so do the running
+    statistics. The reference starts from these, unless the norm has never seen a batch. Left alone,
+    with a warning: norms without running statistics or bias, and subclasses with a forward of their
+    own (timm's BatchNormAct2d).
+
+    Args:
+        options: `reference_weight`, `weighting` and `gradient` of `RefBatchNorm2d`.
+
+    Raises:
+        ValueError: an option holds what RefBatchNorm2d does not take.
+    """
+
+    def convert(norm: nn.Module) -> nn.Module | None:
+        if isinstance(norm, RefBatchNorm2d) or not is_norm(norm):
+            return None
+        mean, var = norm.running_mean, norm.running_var
+        frozen = _is_frozen(norm)
+        refbn = RefBatchNorm2d(
+            len(mean),
+            norm.eps,
+            momentum=0.1 if frozen else norm.momentum,
+            affine=norm.weight is not None,
+            device=mean.device,
+            dtype=mean.dtype,
+            **options,
+        )
+        refbn.weight = nn.Parameter(norm.weight) if frozen else norm.weight
+        refbn.bias = nn.Parameter(norm.bias) if frozen else norm.bias
+        _share_statistics(norm, refbn)
+        if (mean != 0).any() or (var != 1).any():
+            refbn.commit(Moments(mean, var, 1))
+        return refbn.train(norm.training)
+
+    left = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, BATCH_NORMS) and not isinstance(m, RefBatchNorm2d) and not is_norm(m)
+    ]
+    if left:
+        logger.warning("Not converted to RefBatchNorm2d: %s", ", ".join(left))
+    return replace_modules(model, convert)
+
+
+def convert_from_refbn(
+    model: nn.Module, norm: Callable[..., nn.Module] = nn.BatchNorm2d
+) -> nn.Module:
+    """Replace every RefBatchNorm2d in `model` by a `norm`; in eval mode the outputs are the same.
+
+    In place but for the root: use the return value. For BatchNorm, parameters and running
+    statistics stay the same objects; FrozenBatchNorm2d gets copies. Left alone, with a warning:
+    subclasses with a forward of their own.
+
+    Args:
+        norm: nn.BatchNorm2d, nn.SyncBatchNorm, or torchvision's or Detectron2's FrozenBatchNorm2d.
+
+    Raises:
+        ValueError: `norm` is none of these.
+    """
+
+    def convert(refbn: nn.Module) -> nn.Module | None:
+        if not isinstance(refbn, RefBatchNorm2d) or not is_norm(refbn):
+            return None
+        new = norm(refbn.num_features, eps=refbn.eps)
+        if _is_frozen(new):
+            new.to(refbn.running_mean)
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                if (value := getattr(refbn, name)) is not None:
+                    getattr(new, name).copy_(value.detach())
+        elif isinstance(new, BATCH_NORMS):
+            new.momentum, new.affine = refbn.momentum, refbn.affine
+            new.weight, new.bias = refbn.weight, refbn.bias
+            _share_statistics(refbn, new)
+        else:
+            raise ValueError(
+                "norm must be BatchNorm2d, SyncBatchNorm or a FrozenBatchNorm2d, not "
+                f"{type(new).__name__}."
+            )
+        return new.train(refbn.training)
+
+    left = [name for name, m in refbn_layers(model) if not is_norm(m)]
+    if left:
+        logger.warning("Not converted from RefBatchNorm2d: %s", ", ".join(left))
+    return replace_modules(model, convert)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """torchvision's, Detectron2's or another FrozenBatchNorm2d."""
+    buffers = {"weight", "bias", "running_mean", "running_var"}
+    return type(module).__name__ == "FrozenBatchNorm2d" and buffers <= dict(module._buffers).keys()
+
+
+def is_norm(module: nn.Module) -> bool:
+    """A RefBN, BN, SyncBN or FrozenBN that is nothing else besides, with running statistics."""
+    if _is_frozen(module):
+        return True
+    forward = type(module).forward
+    return (
+        isinstance(module, BATCH_NORMS)
+        and (
+            forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, RefBatchNorm2d.forward)
+            or type(module).__name__ == "NaiveSyncBatchNorm"  # Detectron2's
+        )
+        and module.running_mean is not None
+        and (module.weight is None) == (module.bias is None)
+    )
+
+
+def _share_statistics(source: nn.Module, target: nn.Module) -> None:
+    target.running_mean, target.running_var = source.running_mean, source.running_var
+    if getattr(source, "num_batches_tracked", None) is not None:
+        target.num_batches_tracked = source.num_batches_tracked
+
+
+def replace_modules(
+    model: nn.Module, convert: Callable[[nn.Module], nn.Module | None]
+) -> nn.Module:
+    """Put `convert(m)` wherever a module m stands, one for one where m is shared; None keeps m.
+
+    In place but for the root: use the return value.
+    """
+    new = {m: c for m in model.modules() if (c := convert(m)) is not None}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in new:
+                setattr(parent, name, new[child])
+    return new.get(model, model)

@@ -1,0 +1,245 @@
+"""The reference batch in Detectron2's training loops: as a hook of its trainers, or by hand.
+
+A loop without trainer (Detectron2's `tools/plain_train_net.py`)::
+
+    reference = reference_batch(model, data_loader, refbn_options(cfg), cfg.DATASETS.TRAIN)
+    reference.begin()
+    for data, iteration in zip(data_loader, range(max_iter)):
+        reference.before_step(iteration)
+        losses = model(data); sum(losses.values()).backward()
+        reference.after_step()
+        optimizer.step()
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from detectron2.data.common import AspectRatioGroupedDataset, MapDataset
+from detectron2.engine.hooks import IterationTimer
+from detectron2.engine.train_loop import AMPTrainer, HookBase
+from detectron2.utils.events import EventStorage
+from detectron2.utils.file_io import PathManager
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from refbn_d2.config import RefBNOptions, apply_options, refbn_options
+from refbn_d2.reference.batch import ReferenceBatch
+from refbn_d2.reference.detection import image_rows
+from refbn_d2.reference.selection import is_landscape, select_reference
+from refbn_d2.utils.random_state import seeded
+
+logger = logging.getLogger(__name__)
+
+
+class ReferenceBatchHook(HookBase):
+    """Chooses the reference batch of a training run, captures it, and keeps it current.
+
+    The images come from the trainer's own data loader, through its own mapper. Which they are, and
+    where the next slice begins, is saved in the checkpoint and found again on resumption; the
+    moments are in the model's state. All workers get the same references.
+
+    `import refbn_d2` adds this hook to every trainer whose model has RefBN layers (DefaultTrainer,
+    and SimpleTrainer and AMPTrainer in LazyConfig scripts). Register one yourself to give it other
+    options or images; it takes the place of that one.
+
+    Args:
+        options: by default those of the trainer's `cfg`; without a `cfg`, the defaults, and each
+            layer's own reference_weight, weighting and gradient (as where `options` has None).
+        dataset: dataset dicts to choose from, with "file_name"; by default those of the trainer's
+            data loader, which then must be one of build_detection_train_loader's.
+        mapper: dataset dict -> sample; by default the data loader's.
+    """
+
+    def __init__(
+        self,
+        options: RefBNOptions | None = None,
+        dataset: Sequence[dict] | None = None,
+        mapper: Callable[[dict], dict] | None = None,
+    ) -> None:
+        if (dataset is None) != (mapper is None):
+            raise ValueError("ReferenceBatchHook takes dataset and mapper together, or neither.")
+        self.options = options
+        self.images = None if dataset is None else _Images(dataset, mapper)
+        self.reference: ReferenceBatch | None = None  # from before_train on
+        self._state: dict = {}  # of a checkpoint
+
+    def before_train(self) -> None:
+        """Choose and capture; in a resumed run, find again what the checkpoint names.
+
+        Raises:
+            ValueError: there are too few images, one has changed, or workers hold different ones.
+            TypeError: the data loader holds no dataset dicts to choose from.
+        """
+        trainer, options, names = self.trainer, self.options, ()
+        self._put_in_front()
+        _log_as_detectron2()
+        model = unwrapped(trainer.model)
+        if options:
+            apply_options(model, options)
+        if hasattr(trainer, "cfg"):
+            names = trainer.cfg.DATASETS.TRAIN
+            options = options or refbn_options(trainer.cfg)
+        inner = getattr(trainer, "_trainer", trainer)  # DefaultTrainer's
+        autocast = nullcontext
+        if isinstance(inner, AMPTrainer):
+            precision = getattr(inner, "precision", torch.float16)  # release 0.6 has no choice
+            autocast = functools.partial(torch.autocast, "cuda", precision)
+        images = self.images or _images(trainer.data_loader)
+        self.reference = _reference_batch(
+            model, images, options or RefBNOptions(), names, autocast, self._state
+        )
+        if self._state:
+            self.reference.load_state_dict(self._state)
+            return
+        if trainer.start_iter > 0:
+            logger.warning("The checkpoint names no reference batch; a new one is taken.")
+        self.reference.begin()
+
+    def before_step(self) -> None:
+        self.reference.before_step(self.trainer.iter)
+
+    def after_step(self) -> None:
+        self.reference.after_step()
+
+    def state_dict(self) -> dict:
+        """What the reference batch is, and where the next slice begins; {} before it is chosen."""
+        return self.reference.state_dict() if self.reference else self._state
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on with the reference batch that `state` names; takes effect when training starts."""
+        self._state = state
+
+    def _put_in_front(self) -> None:
+        """Before what saves or evaluates the model; behind the timer, which is to count this."""
+        others = [hook for hook in self.trainer._hooks if hook is not self]
+        place = int(bool(others) and isinstance(others[0], IterationTimer))
+        # A list of its own: the trainer is going through the old one.
+        self.trainer._hooks = [*others[:place], self, *others[place:]]
+
+
+def _log_as_detectron2() -> None:
+    """In scripts that have set up Detectron2's log alone, ours goes there."""
+    ours = logging.getLogger("refbn_d2")
+    if not ours.handlers:
+        for handler in logging.getLogger("detectron2").handlers:
+            ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
+
+
+def reference_batch(
+    model: nn.Module,
+    data_loader: Iterable,
+    options: RefBNOptions,
+    dataset_names: Sequence[str] = (),
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> ReferenceBatch:
+    """The reference batch of a training loop that has no hooks.
+
+    Args:
+        model: one of Detectron2's, also as wrapped by DistributedDataParallel.
+        data_loader: build_detection_train_loader's; images and mapper are taken from it.
+        options: `refbn_d2.config.refbn_options(cfg)`.
+        dataset_names: for log and checkpoint.
+        autocast: makes the context that training runs its forward pass in.
+
+    Raises:
+        ValueError: there are too few images, or workers hold different ones.
+        TypeError: the data loader holds no dataset dicts to choose from.
+    """
+    images = _images(data_loader)
+    return _reference_batch(unwrapped(model), images, options, dataset_names, autocast, {})
+
+
+class _Images(NamedTuple):
+    """What a reference batch is chosen from."""
+
+    dicts: Sequence[dict]
+    mapper: Callable[[dict], dict | None]
+    grouped: bool = False  # training batches are of one aspect ratio group
+
+
+class _WithFiles(Sequence):
+    """Dataset dicts whose files `select_reference` reads as Detectron2 does, from anywhere."""
+
+    def __init__(self, dicts: Sequence[dict]) -> None:
+        self.dicts = dicts
+
+    def __len__(self) -> int:
+        return len(self.dicts)
+
+    def __getitem__(self, index: int) -> dict:
+        dataset_dict = self.dicts[index]
+
+        def read() -> bytes:
+            with PathManager.open(dataset_dict["file_name"], "rb") as file:
+                return file.read()
+
+        return {"read": read, **dataset_dict}
+
+
+def _images(data_loader: Iterable) -> _Images:
+    """What is inside of a loader of build_detection_train_loader."""
+    grouped, inside = False, data_loader
+    while inside is not None and not isinstance(inside, MapDataset):
+        grouped = grouped or isinstance(inside, AspectRatioGroupedDataset)
+        inside = getattr(inside, "dataset", getattr(inside, "_dataset", None))
+    if inside is None or not isinstance(inside._dataset[0], dict):
+        raise TypeError(
+            f"RefBN cannot choose a reference batch from a {type(data_loader).__name__}: it needs "
+            "dataset dicts that can be indexed, as in build_detection_train_loader. Register "
+            "refbn_d2.plugin.ReferenceBatchHook(dataset=..., mapper=...) with some of your own."
+        )
+    return _Images(inside._dataset, inside._map_func, grouped)
+
+
+def _reference_batch(
+    model: nn.Module,
+    images: _Images,
+    options: RefBNOptions,
+    dataset_names: Sequence[str],
+    autocast: Callable[[], AbstractContextManager],
+    state: dict,
+) -> ReferenceBatch:
+    dataset = " + ".join(dataset_names) or "the training set"
+    group_of = is_landscape if images.grouped else lambda dataset_dict: None
+    chosen, identity = select_reference(_WithFiles(images.dicts), options, dataset, group_of, state)
+    with seeded(options.seed):  # Detectron2's augmentations draw from the global generators
+        samples = [
+            _sample(images, index) for index in tqdm(chosen, "reference batch", disable=None)
+        ]
+
+    def forward(samples: list[dict]) -> None:
+        # Its own storage, thrown away; not at iteration 0, when pictures would be drawn.
+        with EventStorage(1), autocast():
+            model(samples)
+
+    return ReferenceBatch(
+        model,
+        samples,
+        options,
+        forward=forward,
+        identity=identity,
+        concat_to=getattr(model, "backbone", None),
+        rows=image_rows(model) if hasattr(model, "pixel_mean") else None,
+    )
+
+
+def _sample(images: _Images, index: int) -> dict:
+    dataset_dict = images.dicts[index]
+    sample = images.mapper(dataset_dict)
+    if sample is None:
+        raise ValueError(
+            f"The mapper gives no sample for {dataset_dict['file_name']}, an image of the reference"
+            " batch. Leave it out of the training set, or choose others by MODEL.REFBN.SEED."
+        )
+    return sample
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of DistributedDataParallel."""
+    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -1,0 +1,262 @@
+"""RefBN inside Detectron2: `MODEL.RESNETS.NORM: RefBN`, in every script that imports this package.
+
+`register` does all of it, and `unregister` undoes it:
+
+    get_norm                    knows "RefBN", for whoever imported it, before or after
+    RetinaNetHead               gives RefBN one layer a pyramid level, as it gives BN
+    build_model                 reads MODEL.REFBN into the layers, and registers DATASETS.REGISTER
+    config defaults             hold MODEL.REFBN and DATASETS.REGISTER
+    TrainerBase.register_hooks  adds a `ReferenceBatchHook` where the model has RefBN
+    DatasetCatalog              knows `shapes_train` and its siblings
+"""
+
+import functools
+import inspect
+import logging
+import re
+import types
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import detectron2
+from torch import nn
+
+from refbn_d2.config import add_refbn_config, apply_options, refbn_options
+from refbn_d2.data import catalog
+from refbn_d2.layers import RefBatchNorm2d, has_refbn
+from refbn_d2.plugin.patching import originals, replace_attribute, replace_code
+
+# From the file: while an environment module runs, the package does not have it yet.
+_VERSION = re.search(r"__version__ = [\"'](.+)[\"']", Path(detectron2.__file__).read_text())
+_VERSION = f"Detectron2 {_VERSION[1] if _VERSION else 'of unknown version'}"
+_WAY_OUT = (
+    "Use Detectron2 0.6 or its main branch, or this package's own engine (--engine torchvision)."
+)
+try:
+    from detectron2.config import configurable, defaults
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets import load_coco_json
+    from detectron2.engine.train_loop import TrainerBase
+    from detectron2.layers import CycleBatchNormList, batch_norm
+    from detectron2.modeling.meta_arch import build
+    from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+
+    from refbn_d2.plugin.hook import ReferenceBatchHook
+except ImportError as error:
+    raise ImportError(f"{_VERSION} lacks what RefBN needs: {error}. {_WAY_OUT}") from error
+
+NORM = "RefBN"
+
+logger = logging.getLogger(__name__)
+
+_undo: list[Callable[[], None]] = []  # what takes the registration back, in the order it was made
+_added: weakref.WeakSet = weakref.WeakSet()  # hooks that nobody asked for
+
+
+class PluginError(ImportError):
+    """This Detectron2 is not one that RefBN can be registered with."""
+
+
+def register() -> None:
+    """Let Detectron2 know RefBN. The second call changes nothing.
+
+    Raises:
+        PluginError: a part of Detectron2 has another shape than expected; nothing was registered.
+    """
+    if _undo:
+        return
+    _check()
+    head = RetinaNetHead.__init__.__wrapped__  # behind @configurable
+    try:
+        _undo.append(replace_code(batch_norm.get_norm, _get_norm))
+        _undo.append(replace_code(build.build_model, _build_model))
+        _undo.append(replace_attribute(RetinaNetHead, "__init__", _one_layer_a_level(head)))
+        hooks = _with_reference_hook(TrainerBase.register_hooks)
+        _undo.append(replace_attribute(TrainerBase, "register_hooks", hooks))
+        _undo.append(_add_keys(defaults._C))
+        for name in catalog.SHAPES:
+            if name not in DatasetCatalog.list():  # somebody's own
+                _undo.append(_add_dataset(name))
+    except BaseException:
+        unregister()
+        raise
+
+
+def unregister() -> None:
+    """Leave Detectron2 as it was before `register`."""
+    while _undo:
+        _undo.pop()()
+    originals.clear()
+
+
+def _check() -> None:
+    def expect(fits: bool, what: str) -> None:
+        if not fits:
+            raise PluginError(
+                f"{_VERSION} ({detectron2.__file__}) has another shape than RefBN can be registered"
+                f" with: expected {what}. {_WAY_OUT}"
+            )
+
+    def arguments(function: Callable) -> list[str] | None:
+        is_plain = isinstance(function, types.FunctionType) and function.__closure__ is None
+        return list(inspect.signature(function).parameters) if is_plain else None
+
+    def made(norm: str) -> nn.Module | None:
+        try:
+            return batch_norm.get_norm(norm, 4)
+        except Exception:  # a KeyError, of the norms that it does not know
+            return None
+
+    expect(
+        arguments(batch_norm.get_norm) == ["norm", "out_channels"],
+        "detectron2.layers.get_norm to be a function get_norm(norm, out_channels)",
+    )
+    expect(made(NORM) is None, f"detectron2.layers.get_norm to have no norm {NORM!r} of its own")
+    expect(
+        isinstance(made("BN"), nn.BatchNorm2d),
+        'detectron2.layers.get_norm("BN", channels) to be a BatchNorm2d',
+    )
+    expect(
+        arguments(build.build_model) == ["cfg"],
+        "detectron2.modeling.build_model to be a function build_model(cfg)",
+    )
+    head = getattr(RetinaNetHead.__init__, "__wrapped__", lambda: None)
+    expect(
+        {"input_shape", "norm"} <= set(inspect.signature(head).parameters),
+        "RetinaNetHead to be @configurable, and to take input_shape and norm",
+    )
+    expect(
+        list(inspect.signature(TrainerBase.register_hooks).parameters) == ["self", "hooks"],
+        "TrainerBase to have a method register_hooks(hooks)",
+    )
+
+
+# ---- the parts. Of a function that other modules have imported by name, the code is replaced, so
+# that it stays the same object. Its globals stay Detectron2's: it imports what it calls.
+
+
+def _get_norm(norm, out_channels):
+    from refbn_d2.plugin import registration
+
+    return registration.norm_layer(norm, out_channels)
+
+
+def norm_layer(norm, out_channels: int) -> nn.Module | None:
+    """What `detectron2.layers.get_norm` returns while RefBN is registered."""
+    if isinstance(norm, str) and norm == NORM:
+        return RefBatchNorm2d(out_channels)
+    return originals["get_norm"](norm, out_channels)
+
+
+def _build_model(cfg):
+    from refbn_d2.plugin import registration
+
+    return registration.model_of(cfg)
+
+
+def model_of(cfg) -> nn.Module:
+    """What `detectron2.modeling.build_model` returns while RefBN is registered.
+
+    Raises:
+        ValueError: a key of MODEL.REFBN or DATASETS.REGISTER holds what it may not.
+    """
+    options = refbn_options(cfg)
+    register_datasets(cfg)
+    model = originals["build_model"](cfg)
+    apply_options(model, options)
+    return model
+
+
+def _one_layer_a_level(init: Callable) -> Callable:
+    """RetinaNetHead's constructor: RefBN, as BN, gets moments of its own for each pyramid level."""
+
+    @configurable
+    @functools.wraps(init)
+    def __init__(self, *, input_shape, norm="", **kwargs):
+        if norm == NORM:
+            levels = len(input_shape)
+
+            def norm(channels: int) -> nn.Module:
+                return CycleBatchNormList(levels, RefBatchNorm2d, num_features=channels)
+
+        init(self, input_shape=input_shape, norm=norm, **kwargs)
+
+    return __init__
+
+
+def _with_reference_hook(register_hooks: Callable) -> Callable:
+    """TrainerBase.register_hooks: trainers of RefBN models get a ReferenceBatchHook."""
+
+    @functools.wraps(register_hooks)
+    def wrapped(self, hooks):
+        given = [hook for hook in hooks if isinstance(hook, ReferenceBatchHook)]
+        if given:  # it takes the place of one that was added here, and the checkpoint's state
+            for hook in _added.intersection(self._hooks):
+                self._hooks.remove(hook)
+                given[0].load_state_dict(hook.state_dict())
+        elif _lacks_reference_hook(self):
+            hook = ReferenceBatchHook()
+            _added.add(hook)
+            hooks = [hook, *hooks]
+        register_hooks(self, hooks)
+
+    return wrapped
+
+
+def _lacks_reference_hook(trainer: TrainerBase) -> bool:
+    model = getattr(trainer, "model", None)
+    return (
+        model is not None
+        and hasattr(trainer, "data_loader")
+        and has_refbn(model)
+        and not any(isinstance(hook, ReferenceBatchHook) for hook in trainer._hooks)
+    )
+
+
+def _add_keys(cfg) -> Callable[[], None]:
+    add_refbn_config(cfg)
+
+    def undo() -> None:
+        del cfg.MODEL["REFBN"], cfg.DATASETS["REGISTER"]
+
+    return undo
+
+
+def _add_dataset(name: str) -> Callable[[], None]:
+    """Detectron2's catalogs get a dataset of ours; a `shapes_*` set is made when it is read."""
+    dataset = catalog.find(name)
+    files = {"json_file": str(dataset.json_file), "image_root": str(dataset.image_root)}
+
+    def load() -> list[dict]:
+        catalog.get(name)
+        return load_coco_json(*files.values(), name)
+
+    def undo() -> None:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(**files, evaluator_type="coco")
+    return undo
+
+
+def register_datasets(cfg) -> None:
+    """Detectron2's catalogs get DATASETS.REGISTER: ((name, json file, image folder), ...).
+
+    Raises:
+        ValueError: an entry has another form, or its name is taken by other data.
+    """
+    register()
+    catalog.register_from_config(cfg)
+    for name, *files in cfg.DATASETS.get("REGISTER", ()):
+        if name not in DatasetCatalog.list():
+            _undo.append(_add_dataset(name))
+            continue
+        metadata = MetadataCatalog.get(name)
+        known = [metadata.get("json_file"), metadata.get("image_root")]
+        if [Path(file or "") for file in known] != [Path(file) for file in files]:
+            raise ValueError(
+                f"DATASETS.REGISTER: {name!r} is a dataset of Detectron2's already ({known[0]}, "
+                f"images in {known[1]}); give {files[0]} another name."
+            )

@@ -1,0 +1,21 @@
+"""The reference batch: which images it is, and their moments in every RefBN layer."""
+
+from refbn_d2.reference.batch import ReferenceBatch
+from refbn_d2.reference.detection import image_rows
+from refbn_d2.reference.selection import (
+    draw_images,
+    find_images,
+    identity_of,
+    is_landscape,
+    select_reference,
+)
+
+__all__ = [
+    "ReferenceBatch",
+    "draw_images",
+    "find_images",
+    "identity_of",
+    "image_rows",
+    "is_landscape",
+    "select_reference",
+]

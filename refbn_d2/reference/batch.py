@@ -1,0 +1,338 @@
+"""The reference batch in a model: captured, and kept true to the moving weights.
+
+In a training loop::
+
+    model = convert_to_refbn(model)
+    reference = ReferenceBatch(model, images)  # (N, C, H, W), or a list of the model's samples
+    for images, labels in loader:
+        with reference.step():
+            loss = criterion(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refbn_d2.config import RefBNOptions
+from refbn_d2.layers import Moments, Recording, RefBatchNorm2d, refbn_layers
+from refbn_d2.reference.inputs import Inputs, Sample, infer_inputs, without_last_rows
+from refbn_d2.reference.isolation import untouched
+from refbn_d2.reference.selection import identity_of_samples
+from refbn_d2.reference.workers import check_same_on_all_workers, pool_over_workers
+from refbn_d2.utils import distributed
+from refbn_d2.utils.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class ReferenceBatch:
+    """Run the reference batch through a model, and keep its RefBN layers' reference moments.
+
+    `options.refresh` says when, `options.refresh_period` how often (`docs/algorithm.md` has the
+    equations):
+
+        "static"  captured once, before training.
+        "full"    the whole batch is captured again every period.
+        "slice"   every period the next `slice_size` images run through the model without gradient,
+                  and their moments are averaged into the reference with `slice_momentum`.
+        "concat"  every period the next slice is appended to the input of `concat_to`, and dropped
+                  from its output; layers outside of `concat_to` take "slice".
+
+    Several workers (torch.distributed) share a slice: each runs ceil(slice_size / workers) images
+    of its own; a whole reference is run by every worker. Either way one all-reduce of all layers'
+    moments makes the references equal. No other step communicates, except those in which a layer
+    that the reference batch did not reach (a head without RoIs) takes its first batch as reference.
+
+    Args:
+        model: holds the RefBatchNorm2d layers; not wrapped by DistributedDataParallel.
+        images: the reference images: a tensor (N, C, H, W), normalized as in training, or a list of
+            samples as the model takes them in training (dicts with "image" for Detectron2,
+            (image, target) for torchvision's detectors).
+        options: by default those of `RefBNOptions`, with as many images as there are, each layer's
+            own weight and gradient, and "slice" where nothing can be appended.
+        forward: run the model on a list of samples (under autocast where training does). Called in
+            training mode and without gradient; what it returns is dropped.
+        identity: what `select_reference` returned; by default a fingerprint of the images.
+        concat_to: the module whose input a slice is appended to ("concat" only): a detector's
+            backbone, or a classifier itself. Its first argument is the batch (N, C, H, W), and
+            every tensor that it returns has N rows.
+        rows: (samples, batch) -> their rows (k, C, H, W), normalized, as large as the batch's
+            ("concat" only).
+
+    The last four are inferred from the model and the images where they are not given.
+
+    Raises:
+        ConfigError: workers hold different reference batches, or "concat" has nothing to append to.
+        ValueError: the model has no RefBatchNorm2d, or there are no images.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor | Sequence[Sample],
+        options: RefBNOptions | None = None,
+        *,
+        forward: Callable[[list[Sample]], Any] | None = None,
+        identity: dict | None = None,
+        concat_to: nn.Module | None = None,
+        rows: Callable[[list[Sample], Tensor], Tensor] | None = None,
+    ) -> None:
+        self._layers = dict(refbn_layers(model))
+        if not self._layers:
+            raise ValueError("The model has no RefBatchNorm2d layer that could take a reference.")
+        if len(images) == 0:
+            raise ValueError("A reference batch needs images, and there are none.")
+        _remove_hooks_of_others(model)
+        self.model, self.samples = model, list(images)
+        given = Inputs(forward, concat_to, rows)
+        self._inputs = given if forward else infer_inputs(model, self.samples, given)
+        self.options = options or _default_options(len(self.samples), self._inputs)
+        if identity is None:
+            identity = identity_of_samples(self.samples)
+        check_same_on_all_workers(identity)
+        self.identity = {key: identity[key] for key in ("dataset", "seed", "images")}
+        self.position = 0  # of the next slice
+        self.iteration = 0  # of the next step
+        self._begun = False
+        self._hooks: list = []  # while a slice is in flight
+        self._appended: list[Sample] = []  # the slice in flight
+        self._was_appended = False  # in this step
+        self._beside: dict[str, Moments | None] = {}  # recorded outside of `concat_to` in this step
+        self._missed: list[RefBatchNorm2d] = []  # without a reference so far
+        self._concat_layers: dict[str, RefBatchNorm2d] = {}
+        for layer in self._layers.values():
+            layer.stop_recording()
+        if self.options.refresh == "concat":
+            if not self._inputs.can_concat:
+                raise ConfigError(
+                    'MODEL.REFBN.REFRESH "concat" needs a module whose input a slice can be '
+                    'appended to (concat_to and rows); use "slice".'
+                )
+            inside = {id(layer) for _, layer in refbn_layers(self._inputs.concat_to)}
+            self._concat_layers = {n: m for n, m in self._layers.items() if id(m) in inside}
+
+    def begin(self) -> None:
+        """Give every layer its reference before the first step of a run, by options.reference.
+
+        "dataset": `capture`. "checkpoint": the layers keep the reference that a checkpoint brought
+        (a BN checkpoint's is its running statistics); those without one take the batch's. The first
+        `before_step` calls this where nobody has.
+
+        Raises:
+            ConfigError: "checkpoint", and no layer has a reference.
+        """
+        without = list(self._layers)
+        if self.options.reference == "dataset":
+            self.capture()
+        else:
+            without = [name for name, m in self._layers.items() if not m.has_reference()]
+            if len(without) == len(self._layers):
+                raise ConfigError(
+                    'MODEL.REFBN.REFERENCE is "checkpoint", but no RefBN layer has got a reference:'
+                    ' name a checkpoint that has one in MODEL.WEIGHTS, or set it to "dataset".'
+                )
+            if without:  # the others normalize by what they have
+                recorded = self._run(self.samples, Recording.SLICE)
+                self._commit({name: recorded[name] for name in without}, captured=True)
+        self._begun = True
+        logger.info(
+            "Captured the reference batch in %d of %d layers: %d images of %s, seed %d.",
+            len(without), len(self._layers), len(self.samples), self.identity["dataset"],
+            self.identity["seed"],
+        )  # fmt: skip
+
+    def capture(self) -> None:
+        """Normalize the reference by its own moments in every layer, and keep these.
+
+        No parameter, gradient, running statistic, training flag or random state changes.
+        """
+        self._commit(self._run(self.samples, Recording.CAPTURE), captured=True)
+        self._begun = True
+
+    @contextmanager
+    def step(self, iteration: int | None = None) -> Iterator[None]:
+        """Put this around forward and backward pass of a training step.
+
+        Args:
+            iteration: of the run, from 0; by default counted by itself.
+        """
+        self.before_step(iteration)
+        try:
+            yield
+        except BaseException:
+            self._abandon_slice()
+            raise
+        self.after_step()
+
+    def before_step(self, iteration: int | None = None) -> None:
+        """Prepare a training step; call it before the forward pass. Arguments as `step`'s."""
+        if iteration is None:
+            iteration = self.iteration
+        self.iteration = iteration + 1
+        self._abandon_slice()  # of a step that failed
+        if not self._begun:
+            self.begin()
+        refresh = self.options.refresh
+        if refresh == "static" or iteration % self.options.refresh_period:
+            return
+        if refresh == "full":
+            if iteration > 0:  # training starts with a capture
+                self.capture()
+            return
+        samples = self._next_slice()
+        recorded: dict[str, Moments | None] = {}
+        if len(self._concat_layers) < len(self._layers):
+            recorded = self._run(samples, Recording.SLICE)
+        if not self._concat_layers:
+            self._commit(recorded)
+            return
+        self._appended, self._was_appended = samples, False
+        self._beside = {n: m for n, m in recorded.items() if n not in self._concat_layers}
+        for layer in self._concat_layers.values():
+            layer.start_recording(Recording.CONCAT, len(samples), self.options.slice_momentum)
+        module = self._inputs.concat_to
+        self._hooks = [
+            module.register_forward_pre_hook(self._append_rows),
+            module.register_forward_hook(self._drop_rows),
+        ]
+
+    def after_step(self) -> None:
+        """Finish a training step; call it after the backward pass.
+
+        Raises:
+            RuntimeError: the slice was not appended, since `concat_to` was run by its `forward`
+                or by its parts, not called.
+        """
+        if self._appended:
+            was_appended = self._was_appended
+            recorded = self._abandon_slice()
+            if not was_appended and any(recorded.values()):
+                module = type(self._inputs.concat_to).__name__
+                raise RuntimeError(
+                    f"The slice of the reference could not be appended: {module} was not called, "
+                    "only its forward or a part of it. Call the module itself "
+                    '(backbone(x), not backbone.forward(x)), or set MODEL.REFBN.REFRESH "slice".'
+                )
+            self._commit(self._beside | recorded)
+        if self._missed:
+            self._share_first_batches()
+
+    def state_dict(self) -> dict:
+        """Return identity and position in plain containers; the moments are the model's state."""
+        return {**self.identity, "position": self.position, "iteration": self.iteration}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on with the slice and the step that `state` names.
+
+        Raises:
+            ConfigError: `state` is of another reference batch.
+        """
+        if state["images"] != self.identity["images"]:
+            raise ConfigError(
+                f"The checkpoint's reference batch has other images ({len(state['images'])} of "
+                f"{state['dataset']}) than this one ({len(self.identity['images'])} of "
+                f"{self.identity['dataset']}): give ReferenceBatch the same images again."
+            )
+        self.position, self.iteration = state["position"], state.get("iteration", 0)
+        self._missed = [layer for layer in self._layers.values() if not layer.has_reference()]
+        self._begun = True
+
+    def _next_slice(self) -> list[Sample]:
+        share = -(-self.options.slice_size // distributed.world_size())
+        start = self.position + distributed.rank() * share
+        self.position = (self.position + distributed.world_size() * share) % len(self.samples)
+        return [self.samples[(start + i) % len(self.samples)] for i in range(share)]
+
+    def _run(self, samples: list[Sample], recording: Recording) -> dict[str, Moments | None]:
+        """Return what the layers recorded in one pass of the model over `samples`."""
+        for layer in self._layers.values():
+            layer.start_recording(recording)
+        try:
+            with untouched(self.model, self.options.seed):
+                self._inputs.forward(samples)
+        finally:
+            recorded = _take_recorded(self._layers)
+        return recorded
+
+    def _commit(self, recorded: dict[str, Moments | None], captured: bool = False) -> None:
+        """Take what was recorded into the references, the same on every worker."""
+        layers = [self._layers[name] for name in recorded]
+        # A whole reference is run by every worker: its count is theirs on average.
+        pooled = pool_over_workers(list(recorded.values()), layers, average_count=captured)
+        for layer, moments in zip(layers, pooled, strict=True):
+            if moments is not None:
+                layer.commit(moments, 1.0 if captured else self.options.slice_momentum)
+        missed = [name for name, moments in zip(recorded, pooled, strict=True) if moments is None]
+        if captured and missed:
+            self._missed = [m for n in missed if not (m := self._layers[n]).has_reference()]
+            logger.warning(
+                "The reference batch did not reach %s (no RoIs, or not in training mode). Without "
+                "a reference a layer takes its first training batch that is not empty.",
+                ", ".join(missed),
+            )
+
+    def _share_first_batches(self) -> None:
+        """Pool over the workers what layers took as their reference from their first batch."""
+        firsts = [
+            Moments(layer.ref_mean, layer.ref_var, int(layer.ref_count))
+            if layer.has_reference()
+            else None
+            for layer in self._missed
+        ]
+        pooled = pool_over_workers(firsts, self._missed, average_count=False)
+        for layer, moments in zip(self._missed, pooled, strict=True):
+            if moments is not None:
+                layer.commit(moments)
+        self._missed = [m for m, p in zip(self._missed, pooled, strict=True) if p is None]
+
+    def _append_rows(self, module: nn.Module, args: tuple) -> tuple | None:
+        if not module.training:
+            return None
+        batch, *rest = args
+        rows = self._inputs.rows(self._appended, batch).to(batch)
+        if batch.is_contiguous(memory_format=torch.channels_last):
+            rows = rows.contiguous(memory_format=torch.channels_last)
+        self._was_appended = True
+        return torch.cat([batch, rows]), *rest
+
+    def _drop_rows(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        return without_last_rows(output, len(self._appended)) if module.training else None
+
+    def _abandon_slice(self) -> dict[str, Moments | None]:
+        """Take the slice in flight out of the model; return what the layers recorded of it."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        recorded = _take_recorded(self._concat_layers) if self._appended else {}
+        self._appended = []
+        return recorded
+
+
+def _default_options(num_images: int, inputs: Inputs) -> RefBNOptions:
+    options = RefBNOptions(reference_weight=None, weighting=None, gradient=None)
+    return replace(
+        options,
+        refresh=options.refresh if inputs.can_concat else "slice",
+        slice_size=min(options.slice_size, num_images),
+        num_images=num_images,
+    )
+
+
+def _take_recorded(layers: dict[str, RefBatchNorm2d]) -> dict[str, Moments | None]:
+    return {name: layer.stop_recording() for name, layer in layers.items()}
+
+
+def _remove_hooks_of_others(model: nn.Module) -> None:
+    """Remove what another ReferenceBatch left of a step that failed."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), ReferenceBatch):
+                    del hooks[key]

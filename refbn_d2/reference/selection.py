@@ -1,0 +1,164 @@
+"""Which images are the reference batch: drawn by a seed, named in the checkpoint, found again."""
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refbn_d2.config import RefBNOptions
+
+logger = logging.getLogger(__name__)
+
+
+def draw_images(
+    dataset_dicts: Sequence[dict],
+    num_images: int,
+    seed: int,
+    group_of: Callable[[dict], Hashable] = lambda dataset_dict: None,
+) -> list[int]:
+    """Indices of the `num_images` training images that become the reference: a seeded draw.
+
+    The draw keeps to the largest group of `group_of` while that lasts: where training batches are
+    grouped (by aspect ratio), a mixed reference would hold more padding than any batch does.
+
+    Raises:
+        ValueError: there are fewer images than that.
+    """
+    if num_images > len(dataset_dicts):
+        raise ValueError(
+            f"MODEL.REFBN.NUM_IMAGES is {num_images}, but the training set has "
+            f"{len(dataset_dicts)} usable images. Set it to {len(dataset_dicts)} or less."
+        )
+    groups = [group_of(d) for d in dataset_dicts]
+    largest = Counter(groups).most_common(1)[0][0]
+    order = np.random.default_rng(seed).permutation(len(dataset_dicts)).tolist()
+    order.sort(key=lambda index: groups[index] != largest)  # stable
+    return order[:num_images]
+
+
+def is_landscape(dataset_dict: dict) -> bool:
+    """The group of DATALOADER.ASPECT_RATIO_GROUPING, for `draw_images`."""
+    return dataset_dict["width"] > dataset_dict["height"]
+
+
+def identity_of(dataset: str, dataset_dicts: Sequence[dict], seed: int) -> dict:
+    """The reference's name: dataset, seed, and every image's id, file and content fingerprint.
+
+    Plain containers, for the checkpoint. Reads every image file once: "file_name", or what "read"
+    returns, where an image's dict holds such a function (an image in a tar file).
+    """
+    images = [{**_name(d), "fingerprint": _fingerprint(d)} for d in dataset_dicts]
+    return {"dataset": dataset, "seed": seed, "images": images}
+
+
+def identity_of_samples(samples: Sequence) -> dict:
+    """Return the identity of a reference that has no files: a fingerprint of each sample.
+
+    Tensors and plain values count, in dicts, tuples and lists of any depth.
+    """
+    images = [
+        {"image_id": index, "fingerprint": _digest(_bytes_of(sample))}
+        for index, sample in enumerate(samples)
+    ]
+    return {"dataset": "the images given", "seed": 0, "images": images}
+
+
+def _bytes_of(value: Any) -> bytes:
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return f"{value.dtype}{tuple(value.shape)}".encode() + content
+    if isinstance(value, Mapping):
+        return b"".join(f"{key}=".encode() + _bytes_of(inner) for key, inner in value.items())
+    if isinstance(value, tuple | list):
+        return b"".join(map(_bytes_of, value))
+    return repr(value).encode()
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def _name(dataset_dict: dict) -> dict:
+    if "file_name" not in dataset_dict:
+        raise ValueError(
+            "A reference batch is named by its images' files, and a dataset dict of the training "
+            f"set has no file_name: {', '.join(map(str, dataset_dict))} is what it has."
+        )
+    return {
+        "image_id": dataset_dict.get("image_id"),
+        "file_name": os.path.basename(dataset_dict["file_name"]),
+    }
+
+
+def find_images(identity: dict, dataset_dicts: Sequence[dict]) -> list[int]:
+    """Indices of the images that `identity` names, in its order.
+
+    Raises:
+        ValueError: an image is gone, or its file or its annotations have changed. Names it.
+    """
+    places = defaultdict(list)  # several, where joined datasets share ids and names
+    for i, d in enumerate(dataset_dicts):
+        places[tuple(_name(d).values())].append(i)
+    found = []
+    for image in identity["images"]:
+        name = f"image {image['image_id']} ({image['file_name']}) of {identity['dataset']}"
+        there = {}
+        for index in places[image["image_id"], image["file_name"]]:
+            with suppress(FileNotFoundError):
+                there[index] = _fingerprint(dataset_dicts[index])
+        same = [i for i, fingerprint in there.items() if fingerprint == image["fingerprint"]]
+        if same:
+            found.append(same[0])
+            continue
+        gone, changed = "is gone from the training set", "has changed (its file or its annotations)"
+        problem = changed if there else gone
+        raise ValueError(
+            f"The checkpoint's reference batch cannot be had again: {name} {problem}. Put it back, "
+            "or start a new run without --resume in another OUTPUT_DIR."
+        )
+    return found
+
+
+def select_reference(
+    dataset_dicts: Sequence[dict],
+    options: RefBNOptions,
+    dataset: str,
+    group_of: Callable[[dict], Hashable] = lambda dataset_dict: None,
+    identity: dict | None = None,
+) -> tuple[list[int], dict]:
+    """Indices and identity of the reference's images: chosen anew, or those that `identity` names.
+
+    Args:
+        dataset: its name, for the identity.
+        group_of: as `draw_images`'s.
+        identity: of a run that is resumed (its `ReferenceBatch.state_dict` will do).
+
+    Raises:
+        ValueError: there are too few images, or one of `identity` is gone or has changed.
+    """
+    if identity:
+        before = len(identity["images"]), identity["seed"]
+        if before != (options.num_images, options.seed):
+            logger.warning(
+                "Going on with the run's own reference batch of %d images, seed %d; "
+                "MODEL.REFBN.NUM_IMAGES = %d and SEED = %d have no effect on it.",
+                *before, options.num_images, options.seed,
+            )  # fmt: skip
+        return find_images(identity, dataset_dicts), identity
+    chosen = draw_images(dataset_dicts, options.num_images, options.seed, group_of)
+    return chosen, identity_of(dataset, [dataset_dicts[i] for i in chosen], options.seed)
+
+
+def _fingerprint(dataset_dict: dict) -> str:
+    read = dataset_dict.get("read") or Path(dataset_dict["file_name"]).read_bytes
+    annotations = dataset_dict.get("annotations", dataset_dict.get("label"))
+    return _digest(read(), json.dumps(annotations, sort_keys=True, default=str).encode())

@@ -1,0 +1,1 @@
+"""A training run: its loop, its log and metrics, and its OUTPUT_DIR."""

@@ -1,0 +1,158 @@
+"""Worker processes: started by --num-gpus, by several machines, or by torchrun."""
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+def launch(
+    main: Callable[..., Any],
+    num_gpus_per_machine: int,
+    num_machines: int,
+    machine_rank: int,
+    dist_url: str,
+    device: str,
+    args: tuple,
+) -> Any:
+    """Call `main(*args)` in every worker process; nccl on CUDA, gloo on the CPU.
+
+    Under torchrun (RANK and WORLD_SIZE in the environment) this process is one of its workers, and
+    the other arguments are not read. A single worker runs in this process, and its result is
+    returned.
+
+    Raises:
+        ValueError: no worker; more GPUs than there are; or several machines with dist_url "auto".
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        return _worker(local_rank, main, rank, size, local_size, "env://", device, args)
+    if num_gpus_per_machine < 1:
+        raise ValueError(f"--num-gpus {num_gpus_per_machine}: it takes one worker or more.")
+    if device == "cuda" and num_gpus_per_machine > torch.cuda.device_count():
+        raise ValueError(
+            f"--num-gpus {num_gpus_per_machine}, but this machine has {torch.cuda.device_count()}."
+        )
+    world_size = num_machines * num_gpus_per_machine
+    if world_size == 1:
+        return main(*args)
+    if dist_url == "auto":
+        if num_machines > 1:
+            raise ValueError(
+                "--dist-url auto is for one machine; give tcp://host:port for several."
+            )
+        dist_url = f"tcp://127.0.0.1:{_free_port()}"
+    context = mp.start_processes(
+        _spawned,
+        args=(machine_rank, num_gpus_per_machine, main, world_size, dist_url, device, args),
+        nprocs=num_gpus_per_machine,
+        join=False,
+    )
+    # Workers stop at an iteration that they agree on, and write a checkpoint: wait for them.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: _pass_on(number, context.processes))
+    try:
+        while not context.join():
+            pass
+    except mp.ProcessExitedException as error:
+        raise SystemExit(error.exit_code) from None
+
+
+def _pass_on(number: int, processes: list) -> None:
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, number)
+
+
+def _spawned(local_rank, machine_rank, local_size, main, world_size, dist_url, device, args):
+    os.setsid()  # a terminal's Ctrl-C reaches the parent alone, which passes it on once
+    rank = machine_rank * local_size + local_rank
+    _worker(local_rank, main, rank, world_size, local_size, dist_url, device, args)
+
+
+def _worker(local_rank, main, rank, world_size, local_size, dist_url, device, args):
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    else:  # the workers share the cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // local_size))
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=dist_url, rank=rank, world_size=world_size)
+    try:
+        return main(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait until every worker is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def broadcast(value: Any) -> Any:
+    """The value of worker 0, on every worker."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def gather(value: Any) -> list:
+    """The values of all workers, on worker 0; [] on the others."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model`, over several workers in DistributedDataParallel; every worker keeps its buffers."""
+    if world_size() == 1:
+        return model
+    device_ids = [torch.cuda.current_device()] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(
+        model, device_ids=device_ids, broadcast_buffers=False
+    )
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Every worker takes the buffers of worker 0: the running statistics that are saved."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def mean_over_workers(values: list[float], device: torch.device) -> list[float]:
+    """Each value's mean over the workers, on every worker, in one collective."""
+    if world_size() == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return (tensor / world_size()).tolist()

@@ -1,0 +1,28 @@
+"""Colors, and how figures are saved."""
+
+import os
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which people with any colour vision tell apart, the first contrasting
+# most; then all of them darker. Classes beyond share colours: their labels tell them apart.
+_BRIGHT = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+COLORS = (*_BRIGHT, *(to_hex([0.5 * channel for channel in to_rgb(c)]) for c in _BRIGHT))
+INK, FAINT = "#222222", "#8a8a8a"
+DPI = 100
+
+
+def save_figure(figure: Figure, path: str | os.PathLike, **options) -> None:
+    """Write a PNG whole, or not at all. Folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        FigureCanvasAgg(figure)
+        figure.savefig(temporary, format="png", **options)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

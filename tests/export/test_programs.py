@@ -1,0 +1,84 @@
+"""Backbones as ONNX and TorchScript, run by what runs them elsewhere."""
+
+import io
+
+import pytest
+import torch
+
+from refbn_d2.checkpoint.convert import convert, identify
+from refbn_d2.export.programs import export
+from refbn_d2.export.programs import export as module
+from refbn_d2.utils.errors import CheckpointError
+
+
+def backbone(resnet18):
+    """torchvision's ResNet-18 in Detectron2's layout, with RefBN."""
+    before = identify({"model": resnet18.state_dict()}, "a.pth")
+    return identify({"model": convert(before, "detectron2", "RefBN")}, "a.pth")
+
+
+def run(data, to, images, names):
+    """The program's maps, in its own runtime."""
+    if to == "torchscript":
+        return torch.jit.load(io.BytesIO(data))(images)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    maps = session.run(names, {"images": images.numpy()})
+    return dict(zip(names, map(torch.from_numpy, maps), strict=True))
+
+
+def by_torchvision(model, images):
+    x = model.maxpool(model.relu(model.bn1(model.conv1(images))))
+    maps = {}
+    for stage in range(1, 5):
+        x = maps[f"res{stage + 1}"] = model.get_submodule(f"layer{stage}")(x)
+    return maps
+
+
+@pytest.mark.parametrize("to", ["onnx", "torchscript"])
+@pytest.mark.parametrize("size", [(1, 64, 96), (3, 128, 32)])
+def test_the_program_computes_what_torchvisions_model_does(resnet18, to, size):
+    n, height, width = size
+    images = torch.randn(n, 3, height, width)
+    data, table = export(backbone(resnet18), to)
+    assert f"the ResNet-18 against {to}" in table and "res5 " in table
+    with torch.no_grad():
+        expected = by_torchvision(resnet18, images)
+    found = run(data, to, images, list(expected))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("to", ["onnx", "torchscript"])
+def test_no_norm_is_left_in_the_program(resnet18, to):
+    data, _ = export(backbone(resnet18), to)
+    if to == "torchscript":
+        program = torch.jit.load(io.BytesIO(data))
+        kinds = {node.kind() for node in program.inlined_graph.nodes()}
+        assert "aten::_convolution" in kinds and "aten::batch_norm" not in kinds
+    else:
+        onnx = pytest.importorskip("onnx")
+        kinds = [node.op_type for node in onnx.load_from_string(data).graph.node]
+        assert kinds.count("Conv") == 20 and "BatchNormalization" not in kinds
+
+
+@pytest.mark.parametrize("to", ["onnx", "torchscript"])
+def test_a_detectors_backbone(mask_rcnn, mask_rcnn_cfg, to):
+    contents = identify({"model": mask_rcnn.state_dict()}, "a.pth")
+    data, table = export(contents, to, mask_rcnn_cfg)
+    assert "p2 " in table and "p6 " in table
+    images = torch.randn(2, 3, 64, 128)
+    with torch.no_grad():
+        expected = mask_rcnn.backbone(images)
+    for name, value in run(data, to, images, list(expected)).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_program_that_computes_something_else_is_an_error(resnet18, monkeypatch):
+    def halved(model, source):
+        return b"", lambda images: {name: 0.5 * y for name, y in model(images).items()}
+
+    monkeypatch.setattr(module, "_torchscript", halved)
+    with pytest.raises(CheckpointError, match="computes something else"):
+        export(backbone(resnet18), "torchscript")

@@ -1,0 +1,260 @@
+import base64
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from html import unescape
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from steps import RUNS, Record, Step, run, steps, write_report
+
+from refbn_d2.config import get_cfg
+
+ROOT = Path(__file__).parents[2]
+NO_CHANGES = {"pretrain": [], "finetune": []}
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Makes a script: it adds its arguments to `said`, and then does `code`."""
+
+    def make(name, code="", **fields):
+        path = tmp_path / f"{name}.py"
+        path.write_text(
+            f"import sys\nopen({str(tmp_path / 'said')!r}, 'a').write('{name} ' + "
+            f"' '.join(sys.argv[1:]) + '\\n')\nprint('{name} speaks')\n{code}\n"
+        )
+        return Step(name, name, "", (str(path), "KEY", "1"), 1, **fields)
+
+    make.said = lambda: (tmp_path / "said").read_text().splitlines()
+    return make
+
+
+def test_done_once_and_gone_on_with(tmp_path, script):
+    fails_once = "import os\nmark = sys.argv[0] + '.tried'\nif not os.path.exists(mark):\n"
+    fails_once += "    open(mark, 'w')\n    sys.exit(3)"
+    todo = [script("first"), script("second", fails_once), script("third")]
+    with pytest.raises(ChildProcessError, match=r"'second'.* code 3.*second\.py KEY 1"):
+        run(tmp_path, todo)
+    assert script.said() == ["first KEY 1", "second KEY 1"]
+    record = run(tmp_path, todo)
+    assert script.said() == ["first KEY 1", "second KEY 1", "second KEY 1", "third KEY 1"]
+    assert record.steps["third"]["output"] == "third speaks\n"
+    on_disk = json.loads((tmp_path / "steps.json").read_text())
+    assert on_disk == record.steps and all(step["done"] for step in on_disk.values())
+    before = script.said()
+    run(tmp_path, todo)
+    assert script.said() == before
+
+
+def test_seconds_add_up_over_tries(tmp_path, script):
+    record = Record(tmp_path / "steps.json")
+    step = script("training")
+    record.note(step, 2.0, False, "")
+    record.note(step, 3.0, True, "")
+    assert Record(tmp_path / "steps.json").steps["training"]["seconds"] == 5.0
+
+
+def test_a_training_that_was_interrupted_is_resumed(tmp_path, script):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000003.pth")
+    run(tmp_path, [script("training", output_dir=str(tmp_path / "run"))])
+    assert script.said() == ["training --resume KEY 1"]
+
+
+def test_a_file_that_is_there_is_not_written_again(tmp_path, script):
+    (tmp_path / "weights.pkl").write_text("whole")
+    record = run(tmp_path, [script("convert", leaves=str(tmp_path / "weights.pkl"))])
+    assert not (tmp_path / "said").exists() and record.steps["convert"]["done"]
+
+
+def test_other_commands_are_refused(tmp_path, script):
+    step = script("training")
+    run(tmp_path, [step])
+    changed = Step("training", "", "", (*step.command[:-1], "2"), 1)
+    with pytest.raises(ValueError, match=r"KEY 1 there, .*KEY 2 now.*--output-dir"):
+        run(tmp_path, [changed])
+    assert script.said() == ["training KEY 1"]
+
+
+def test_a_record_that_is_none(tmp_path, script):
+    (tmp_path / "steps.json").write_text('{"training": ')
+    with pytest.raises(ValueError, match=r"steps\.json is no record"):
+        run(tmp_path, [script("training")])
+
+
+def test_estimate(tmp_path, script):
+    """A minute for each share of the three that are done, so two minutes for the last two."""
+    todo = [Step(name, "", "", (name,), share) for name, share in {"a": 1, "b": 3, "c": 2}.items()]
+    record = Record(tmp_path / "steps.json")
+    record.note(todo[0], 60.0, True, "")
+    assert record.estimate(todo) == ""  # too early to tell
+    record.note(todo[1], 180.0, True, "")
+    assert record.estimate(todo) == " (about 2 min left)"
+
+
+@pytest.mark.parametrize("stop, code", [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
+def test_stopped_from_outside(tmp_path, script, stop, code):
+    """The step is told to stop too, may finish what it is at, and is not called done."""
+    waits = (
+        "import signal, time\nfrom pathlib import Path\ndef end(*_): Path(sys.argv[0] + '.saved')"
+        ".write_text(''); sys.exit(1)\nsignal.signal(signal.SIGTERM, end)\n"
+        "signal.signal(signal.SIGINT, end)\nPath(sys.argv[0] + '.up').write_text('')\n"
+        "time.sleep(60)"
+    )
+    step = script("training", waits)
+    code_of_parent = (
+        "import sys\nfrom pathlib import Path\nsys.path.insert(0, 'tools/quickstart')\n"
+        "from steps import Step, run\n"
+        f"run(Path({str(tmp_path)!r}), [Step('training', '', '', {step.command!r}, 1)])"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code_of_parent], cwd=ROOT, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    up = Path(step.command[0] + ".up")
+    deadline = time.monotonic() + 60
+    while not up.exists():
+        assert parent.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    if stop == signal.SIGINT:  # as a terminal sends it
+        os.killpg(parent.pid, stop)
+    else:
+        parent.send_signal(stop)
+    assert parent.wait(timeout=30) == code
+    assert Path(step.command[0] + ".saved").exists()
+    assert not json.loads((tmp_path / "steps.json").read_text())["training"]["done"]
+
+
+# ---- the steps
+
+
+def settings(step):
+    at = step.command.index("--config-file") + 1
+    keys, values = step.command[at + 1 :: 2], step.command[at + 2 :: 2]
+    return step.command[at], dict(zip(keys, values, strict=True))
+
+
+def test_steps_build_on_each_other():
+    todo = {step.name: step for step in steps("output/q", NO_CHANGES)}
+    for step in todo.values():
+        if step.command[0] != "-m":
+            assert (ROOT / step.command[0]).is_file(), step
+    for norm in ("refbn", "bn"):
+        _, pretraining = settings(todo[f"pretrain_{norm}"])
+        source, weights = todo[f"convert_{norm}"].command[1:3]
+        assert source == pretraining["OUTPUT_DIR"] + "/model_final.pth"
+        assert settings(todo[norm])[1]["MODEL.WEIGHTS"] == weights
+    assert settings(todo["scratch"])[1]["MODEL.WEIGHTS"] == ""
+    assert settings(todo["scratch"])[0] == settings(todo["refbn"])[0]
+    assert todo["export"].command[1] == "output/q/refbn/model_final.pth"
+
+
+def test_detectors_differ_in_their_norm_alone():
+    configs = {}
+    for step in steps("output/q", NO_CHANGES):
+        if step.name in ("refbn", "bn"):
+            cfg = get_cfg()
+            cfg.merge_from_file(str(ROOT / settings(step)[0]))
+            cfg.OUTPUT_DIR = ""
+            configs[step.name] = cfg.dump()
+    assert configs["bn"] == configs["refbn"].replace("NORM: RefBN", "NORM: BN")
+    assert configs["bn"] != configs["refbn"]
+
+
+def test_changes_stand_behind_the_rest():
+    changes = {"pretrain": ["SOLVER.EPOCHS", "1"], "finetune": ["SEED", "2"]}
+    for step in steps("output/q", changes):
+        name = "pretrain" if step.name.startswith("pretrain") else "finetune"
+        assert step.output_dir == "" or list(step.command[-2:]) == changes[name]
+
+
+# ---- the report
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A folder as a run leaves it, with numbers that tell which is which."""
+    todo, record = steps("output/q", NO_CHANGES), Record(tmp_path / "steps.json")
+    for number, step in enumerate(todo):
+        record.note(step, 60.0 * number, True, "res5  largest difference 1.5e-06 & <less>\n")
+    for number, name in enumerate([*RUNS, "pretrain_refbn", "pretrain_bn"], start=1):
+        folder = tmp_path / name
+        folder.mkdir()
+        names = [f"{task}/{ap}" for task in ("bbox", "segm") for ap in ("AP", "AP50", "AP75")]
+        names += ["val/top1", "val/top5"]
+        values = {name: 10 * number + i + 0.25 for i, name in enumerate(names)}
+        lines = [{"iteration": 19, "total_loss": 2.0, "loss_cls": 1.0}, {"iteration": 39}]
+        (folder / "metrics.json").write_text(
+            "".join(json.dumps(line) + "\n" for line in [*lines, {"iteration": 39, **values}])
+        )
+        cv2.imwrite(str(folder / "samples.png"), np.full((8, 8, 3), 10 * number, np.uint8))
+    return tmp_path, todo, record
+
+
+def test_report_shows_what_was_measured(measured):
+    page = unescape(write_report(*measured).read_text())
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr.*?</tr>", page, re.S)]
+    rows = [row for row in rows if row]
+    assert rows == [
+        ["RefBN, pretrained", "10.2", "11.2", "12.2", "13.2", "14.2", "15.2"],
+        ["BN, pretrained", "20.2", "21.2", "22.2", "23.2", "24.2", "25.2"],
+        ["RefBN, from scratch", "30.2", "31.2", "32.2", "33.2", "34.2", "35.2"],
+        ["RefBN", "46.2", "47.2"],
+        ["BN", "56.2", "57.2"],
+    ]
+    folder, todo, _ = measured
+    commands = re.findall(r"<pre>(.*?)</pre>", page)
+    assert commands == [" ".join(["python", *step.command]).replace("WEIGHTS  ", "WEIGHTS '' ")
+                        for step in todo]  # fmt: skip
+    assert f"{sum(range(len(todo))):.1f}\nminutes" in page and "40 iterations" in page
+    assert page.count("1.5e-06 & <less>") == 3  # the conversions
+    assert [p.name for p in folder.glob("*.html*")] == ["report.html"]
+
+
+def test_report_needs_no_other_file(measured):
+    page = write_report(*measured).read_text()
+    sources = re.findall(r'(?:src|href)="(.*?)"', page)
+    assert len(sources) == 5 and "url(" not in page and "@import" not in page
+    prefix = "data:image/png;base64,"
+    pictures = [base64.b64decode(source.removeprefix(prefix)) for source in sources]
+    folder = measured[0]
+    files = ["finetuning.png", "refbn/samples.png", "pretraining.png", "bn/samples.png",
+             "scratch/samples.png"]  # fmt: skip
+    assert pictures == [(folder / file).read_bytes() for file in files]
+
+
+# ---- the tool
+
+
+@pytest.mark.slow
+def test_the_tool_from_end_to_end(tmp_path):
+    """Killed in the middle of a fine-tuning and started again; tiny, and otherwise all of it."""
+    out = tmp_path / "out"  # joined to the checkout's root, an absolute path stays itself
+    command = [
+        sys.executable, "tools/quickstart", "--output-dir", str(out),
+        "--pretrain", "SOLVER.EPOCHS 1 INPUT.SIZE 32 INPUT.SIZE_TEST 32 SOLVER.IMS_PER_BATCH 512",
+        "--finetune", "SOLVER.MAX_ITER 30 SOLVER.IMS_PER_BATCH 2",
+    ]  # fmt: skip
+    first = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    log = out / "refbn" / "log.txt"
+    while not (log.exists() and "iter: 19" in log.read_text()):
+        assert first.poll() is None, "it ended early"
+        time.sleep(0.2)
+    os.killpg(first.pid, signal.SIGINT)
+    assert first.wait(timeout=60) != 0
+    assert (out / "refbn" / "last_checkpoint").exists() and not (out / "report.html").exists()
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert "train_net.py --resume" in second.stdout
+    assert "pretrain_imagenet.py" not in second.stdout
+    page = (out / "report.html").read_text()
+    for name in RUNS:
+        last = (out / name / "metrics.json").read_text().splitlines()[-1]
+        assert f"<td>{json.loads(last)['bbox/AP']:.1f}</td>" in page

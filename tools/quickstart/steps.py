@@ -1,0 +1,305 @@
+"""The whole road in one command: data, pretraining, conversion, fine-tuning, and a report.
+
+Each step is a command that a user could type. `steps.json` in the output's folder says which are
+done, so that a run that was interrupted goes on where it was.
+"""
+
+import base64
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from refbn_d2.utils.file_io import write_text
+from refbn_d2.visualization.curves import compare_curves
+
+ROOT = Path(__file__).parents[2]  # of the checkout: its configs and tools
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, what it is for, and its share of the time, in the unit of the shortest."""
+
+    name: str
+    title: str
+    text: str
+    command: tuple[str, ...]
+    share: float
+    leaves: str = ""  # a file that is there, whole, when it is done
+    output_dir: str = ""  # of a training, which `--resume` takes up again
+
+
+def steps(out: str, changes: dict[str, list[str]]) -> list[Step]:
+    """The steps, in their order; `out` is the folder, relative to the checkout.
+
+    Args:
+        changes: overrides of the configs, KEY VALUE ..., for "pretrain" and "finetune".
+    """
+    listed = [
+        Step(
+            "detection", "Data for detection",
+            "A COCO-format set of 12 shapes in 7 photometric domains, drawn the same on every "
+            "machine: 4,000 pictures to train on, 500 to evaluate on.",
+            ("-m", "refbn_d2.data.shapes"), 1,
+        ),
+        Step(
+            "classification", "Data for pretraining",
+            "The same shapes as an ImageNet of their own: one object a picture, a folder a class.",
+            ("-m", "refbn_d2.data.shapes", "--classification"), 1,
+        ),
+    ]  # fmt: skip
+    for norm, text in (
+        (
+            "RefBN",
+            "Its norms compare every batch with a reference batch of 32 training pictures, drawn "
+            "once, of which 8 are appended to the batch every 4 steps.",
+        ),
+        ("BN", "The same recipe with BatchNorm, to compare."),
+    ):
+        low = norm.lower()
+        folder = f"{out}/pretrain_{low}"
+        listed.append(
+            Step(
+                f"pretrain_{low}", f"Pretrain ResNet-18 with {norm}",
+                f"A classifier, from random weights. {text}",
+                (
+                    "tools/pretrain_imagenet.py",
+                    "--config-file", f"configs/pretrain/shapes_resnet18_{low}.yaml",
+                    "OUTPUT_DIR", folder, *changes["pretrain"],
+                ), 14, output_dir=folder,
+            )
+        )  # fmt: skip
+        weights = f"{out}/resnet18_{low}.pkl"
+        listed.append(
+            Step(
+                f"convert_{low}", f"Convert it for Detectron2 ({norm})",
+                "Torchvision's parameter names become Detectron2's, and the same picture goes "
+                "through both models: the largest difference in each stage.",
+                (
+                    "tools/convert_checkpoint.py", f"{folder}/model_final.pth", weights,
+                    "--to", "detectron2", "--verify",
+                ), 1, leaves=weights,
+            )
+        )  # fmt: skip
+    for name, title, text, norm, weights in (
+        (
+            "refbn", "Fine-tune Mask R-CNN from the RefBN backbone",
+            "RefBN in backbone, FPN and mask head; its reference is captured anew, on the "
+            "detection pictures.",
+            "refbn", f"{out}/resnet18_refbn.pkl",
+        ),
+        (
+            "bn", "Fine-tune Mask R-CNN from the BN backbone",
+            "The same with BatchNorm.", "bn", f"{out}/resnet18_bn.pkl",
+        ),
+        (
+            "scratch", "Train Mask R-CNN from scratch",
+            "RefBN without pretraining, as many steps.", "refbn", "",
+        ),
+    ):  # fmt: skip
+        listed.append(
+            Step(
+                name, title, text,
+                (
+                    "tools/train_net.py", "--engine", "torchvision",
+                    "--config-file", f"configs/quickstart/mask_rcnn_R_18_FPN_{norm}.yaml",
+                    "MODEL.WEIGHTS", weights,
+                    "OUTPUT_DIR", f"{out}/{name}", *changes["finetune"],
+                ), 18, output_dir=f"{out}/{name}",
+            )
+        )  # fmt: skip
+    exported = f"{out}/mask_rcnn_frozenbn.pth"
+    listed.append(
+        Step(
+            "export", "Leave this package behind",
+            "In evaluation RefBN is an affine map. As FrozenBN the detector loads into a stock "
+            "Detectron2, and detects the same.",
+            (
+                "tools/convert_checkpoint.py", f"{out}/refbn/model_final.pth", exported,
+                "--to", "detectron2", "--norm", "FrozenBN", "--verify",
+            ), 1, leaves=exported,
+        )
+    )  # fmt: skip
+    return listed
+
+
+def run(folder: Path, todo: list[Step]) -> "Record":
+    """Do those of the steps that `folder` does not hold yet.
+
+    Raises:
+        ChildProcessError: a step failed; names its command.
+        ValueError: `folder` holds steps of other commands.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    record = Record(folder / "steps.json")
+    record.check(todo)
+    for number, step in enumerate(todo, start=1):
+        if record.is_done(step):
+            continue
+        print(f"\n[{number}/{len(todo)}] {step.title}{record.estimate(todo)}", flush=True)
+        _do(step, record)
+    return record
+
+
+class Record:
+    """steps.json: {name: {"command", "seconds", "done", "output"}}, written after every step.
+
+    Raises:
+        ValueError: the file is no such record.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.steps: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            try:
+                self.steps = json.loads(path.read_text())
+            except ValueError as error:
+                raise ValueError(f"{path} is no record of a quickstart: {error}") from error
+
+    def check(self, todo: Iterable[Step]) -> None:
+        for step in todo:
+            before = self.steps.get(step.name, {}).get("command", list(step.command))
+            if before != list(step.command):
+                raise ValueError(
+                    f"{self.path.parent} holds a quickstart of other commands ({shlex.join(before)}"
+                    f" there, {shlex.join(step.command)} now): move it away, or give --output-dir."
+                )
+
+    def is_done(self, step: Step) -> bool:
+        return self.steps.get(step.name, {}).get("done", False)
+
+    def note(self, step: Step, seconds: float, done: bool, output: str) -> None:
+        before = self.steps.get(step.name, {"seconds": 0.0})
+        self.steps[step.name] = {
+            "command": list(step.command),
+            "seconds": before["seconds"] + seconds,
+            "done": done,
+            "output": output,
+        }
+        write_text(self.path, json.dumps(self.steps, indent=1))
+
+    def estimate(self, todo: list[Step]) -> str:
+        """How long the rest will take, by the pace so far."""
+        done = [step for step in todo if self.is_done(step)]
+        shares = sum(step.share for step in done)
+        if shares < 3:  # the first steps tell too little
+            return ""
+        pace = sum(self.steps[step.name]["seconds"] for step in done) / shares
+        left = pace * sum(step.share for step in todo if not self.is_done(step))
+        return f" (about {max(1, round(left / 60))} min left)"
+
+
+def _do(step: Step, record: Record) -> None:
+    command = list(step.command)
+    if step.output_dir and (ROOT / step.output_dir / "last_checkpoint").exists():
+        command.insert(1, "--resume")
+    print(f"$ {_typed(command)}", flush=True)
+    if step.leaves and (ROOT / step.leaves).exists():  # killed behind its last write
+        record.note(step, 0.0, True, "")
+        return
+    start = time.time()
+    code, output = None, ""
+    try:
+        code, output = _call(command)
+    finally:
+        record.note(step, time.time() - start, code == 0, output)
+    if code != 0:
+        raise ChildProcessError(
+            f"step {step.name!r} ended with exit code {code}, and said why above. The command: "
+            f"{_typed(command)}"
+        )
+
+
+def _call(command: list[str]) -> tuple[int, str]:
+    """Run it; what it says goes to the terminal, and what it prints on stdout is returned too."""
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    lines = []
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+        return process.wait(), "".join(lines)
+    except BaseException as error:  # the child writes a checkpoint, told so by the terminal or here
+        if not isinstance(error, KeyboardInterrupt):
+            process.terminate()
+        process.communicate()
+        raise
+
+
+def _typed(command: Iterable[str]) -> str:
+    return f"python {shlex.join(command)}"
+
+
+# ---- the report
+
+RUNS = {"refbn": "RefBN, pretrained", "bn": "BN, pretrained", "scratch": "RefBN, from scratch"}
+PRETRAINED = {"pretrain_refbn": "RefBN", "pretrain_bn": "BN"}
+
+
+def write_report(folder: Path, todo: list[Step], record: Record) -> Path:
+    """report.html: one file, with the pictures in it, of what was measured in `folder`."""
+    compare_curves(
+        {label: folder / name / "metrics.json" for name, label in PRETRAINED.items()},
+        {"total_loss": "Pretraining: loss", "val/top1": "Pretraining: top-1 (%)"},
+        folder / "pretraining.png",
+    )
+    compare_curves(
+        {label: folder / name / "metrics.json" for name, label in RUNS.items()},
+        {"total_loss": "Mask R-CNN: loss", "loss_cls": "Mask R-CNN: loss of the classes"},
+        folder / "finetuning.png",
+    )
+    pictures = {
+        "pretraining": folder / "pretraining.png",
+        "finetuning": folder / "finetuning.png",
+        **{name: folder / name / "samples.png" for name in RUNS},
+    }
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    page = environment.from_string(TEMPLATE.read_text()).render(
+        detectors=[
+            {"label": label, **_last(folder / name / "metrics.json")}
+            for name, label in RUNS.items()
+        ],
+        classifiers=[
+            {"label": label, **_last(folder / name / "metrics.json")}
+            for name, label in PRETRAINED.items()
+        ],
+        steps=[
+            {
+                "title": step.title,
+                "text": step.text,
+                "command": _typed(step.command),
+                "name": step.name,
+                "minutes": record.steps[step.name]["seconds"] / 60,
+                "output": record.steps[step.name]["output"] if step.leaves else "",
+            }
+            for step in todo
+        ],
+        minutes=sum(record.steps[step.name]["seconds"] for step in todo) / 60,
+        pictures={name: _embedded(path) for name, path in pictures.items()},
+    )
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def _last(metrics_json: Path) -> dict[str, float]:
+    """The last value of everything that a run logged, by names without slashes."""
+    values: dict[str, float] = {}
+    for line in metrics_json.read_text().splitlines():
+        values |= json.loads(line)
+    return {name.replace("/", "_"): value for name, value in values.items()}
+
+
+def _embedded(png: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"
