@@ -4,8 +4,10 @@ from collections import Counter
 
 from torch import nn
 
+from refbn_d2.utils.errors import RefBNError
 
-class LinkError(ValueError):
+
+class LinkError(RefBNError):
     """A norm needs the convolution before it, and this model has none that can be linked."""
 
 
