@@ -1,8 +1,10 @@
-from .batch_renorm import BatchRenorm2d
-from .cross_iteration_bn import CrossIterationBatchNorm2d, link_cbn
-from .linking import LinkError
-from .moving_average_bn import MovingAverageBatchNorm2d, link_mabn
-from .registry import PEERS, link_peers, peer_options
+"""What RefBN is measured against: other norms for small or dependent batches. torch only."""
+
+from refbn_d2.layers.peers.batch_renorm import BatchRenorm2d
+from refbn_d2.layers.peers.cross_iteration_bn import CrossIterationBatchNorm2d, link_cbn
+from refbn_d2.layers.peers.linking import LinkError
+from refbn_d2.layers.peers.moving_average_bn import MovingAverageBatchNorm2d, link_mabn
+from refbn_d2.layers.peers.registry import PEERS, peer_options, prepare_peers
 
 __all__ = [
     "PEERS",
@@ -12,6 +14,6 @@ __all__ = [
     "MovingAverageBatchNorm2d",
     "link_cbn",
     "link_mabn",
-    "link_peers",
+    "prepare_peers",
     "peer_options",
 ]

@@ -23,6 +23,12 @@ class PeerBatchNorm2d(nn.BatchNorm2d):
         affine: learn gamma and beta.
     """
 
+    # buffers, always there
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    steps: Tensor
+
     def __init__(
         self,
         num_features: int,

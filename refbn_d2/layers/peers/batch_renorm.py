@@ -8,14 +8,12 @@ Shapes:
     mu, var, r, d, gamma, beta  (C,)
 """
 
-import numbers
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import batch_moments
-from .base import PeerBatchNorm2d, check_steps
+from refbn_d2.layers.functional import batch_moments
+from refbn_d2.layers.peers.base import PeerBatchNorm2d, check_steps
 
 
 class BatchRenorm2d(PeerBatchNorm2d):
@@ -62,9 +60,9 @@ class BatchRenorm2d(PeerBatchNorm2d):
         device=None,
         dtype=None,
     ) -> None:
-        if not isinstance(r_max, numbers.Real) or not r_max >= 1:
+        if not isinstance(r_max, int | float) or not r_max >= 1:
             raise ValueError(f"r_max must be a number >= 1, not {r_max!r}")
-        if not isinstance(d_max, numbers.Real) or not d_max >= 0:
+        if not isinstance(d_max, int | float) or not d_max >= 0:
             raise ValueError(f"d_max must be a number >= 0, not {d_max!r}")
         check_steps(ramp_steps=ramp_steps)
         super().__init__(num_features, eps, momentum, affine, device, dtype)

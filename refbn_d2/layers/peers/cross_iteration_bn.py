@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..functional import batch_moments, ref_batch_norm
-from .base import PeerBatchNorm2d, check_steps
-from .linking import LinkError, preceding_convolutions
+from refbn_d2.layers.functional import batch_moments, ref_batch_norm
+from refbn_d2.layers.peers.base import PeerBatchNorm2d, check_steps
+from refbn_d2.layers.peers.linking import LinkError, preceding_convolutions
 
 
 class PastMoments(NamedTuple):

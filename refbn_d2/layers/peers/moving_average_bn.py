@@ -11,16 +11,15 @@ Shapes:
 """
 
 import logging
-import numbers
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..functional import batch_moments
-from .base import PeerBatchNorm2d, check_steps
-from .linking import LinkError, preceding_convolutions
+from refbn_d2.layers.functional import batch_moments
+from refbn_d2.layers.peers.base import PeerBatchNorm2d, check_steps
+from refbn_d2.layers.peers.linking import LinkError, preceding_convolutions
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ class MovingAverageBatchNorm2d(PeerBatchNorm2d):
         check_steps(window=window, warmup_steps=warmup_steps, renorm_steps=renorm_steps)
         if window < 1:
             raise ValueError("window must be an integer >= 1, not 0")
-        if not isinstance(r_max, numbers.Real) or not r_max >= 1:
+        if not isinstance(r_max, int | float) or not r_max >= 1:
             raise ValueError(f"r_max must be a number >= 1, not {r_max!r}")
         super().__init__(num_features, eps, momentum, affine, device, dtype)
         self.window, self.r_max = window, r_max

@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from .base import PeerBatchNorm2d
-from .batch_renorm import BatchRenorm2d
-from .cross_iteration_bn import CrossIterationBatchNorm2d, link_cbn
-from .moving_average_bn import MovingAverageBatchNorm2d, link_mabn
+from refbn_d2.layers.peers.base import PeerBatchNorm2d
+from refbn_d2.layers.peers.batch_renorm import BatchRenorm2d
+from refbn_d2.layers.peers.cross_iteration_bn import CrossIterationBatchNorm2d, link_cbn
+from refbn_d2.layers.peers.moving_average_bn import MovingAverageBatchNorm2d, link_mabn
 
 PEERS: dict[str, type[PeerBatchNorm2d]] = {
     "BRN": BatchRenorm2d,
@@ -39,13 +39,19 @@ def peer_options(name: str, total_steps: int) -> dict[str, float]:
     return {}
 
 
-def link_peers(model: nn.Module) -> None:
-    """Call when a model is built: give its peer norms the convolutions that they need.
+def prepare_peers(model: nn.Module, total_steps: int) -> None:
+    """Prepare the peer norms of a built model for a run of `total_steps` steps.
 
-    `link_cbn` and `link_mabn`; nothing happens in a model that has neither norm.
+    They get the schedules of `peer_options`, and the convolutions that they need (`link_cbn`,
+    `link_mabn`). Nothing happens in a model that has no peer norm.
 
     Raises:
         LinkError: a norm has no convolution before it that it can be given; it is named.
     """
+    for layer in model.modules():
+        for name, peer in PEERS.items():
+            if isinstance(layer, peer):
+                for option, value in peer_options(name, total_steps).items():
+                    setattr(layer, option, value)
     link_cbn(model)
     link_mabn(model)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from refbn_d2.layers.peers import PEERS, link_peers, peer_options
+from refbn_d2.layers.peers import PEERS, link_cbn, link_mabn, peer_options, prepare_peers
 
 C_IN, C = 3, 6
 
@@ -28,7 +28,8 @@ def net(request):
     }
     norm = PEERS[request.param](C, **short[request.param])
     net = nn.Sequential(nn.Conv2d(C_IN, C, 3, bias=False), norm)
-    link_peers(net)
+    link_cbn(net)
+    link_mabn(net)
     return net
 
 
@@ -162,10 +163,9 @@ def test_it_learns_a_small_task_in_a_short_run(name):
     torch.manual_seed(0)
     layers, channels = [], [1, 16, 32, 32]
     for c_in, c_out, stride in zip(channels, channels[1:], (1, 2, 1), strict=False):
-        norm = PEERS[name](c_out, **peer_options(name, 400))
-        layers += [nn.Conv2d(c_in, c_out, 3, stride, bias=False), norm, nn.ReLU()]
+        layers += [nn.Conv2d(c_in, c_out, 3, stride, bias=False), PEERS[name](c_out), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 4 * 4, 4))
-    link_peers(model)
+    prepare_peers(model, 400)
     optimizer = torch.optim.SGD(model.parameters(), 0.02, 0.9)
     for _ in range(400):
         x, y = pictures(4)
