@@ -1,7 +1,9 @@
 """Filters and textures that the corruptions are made of.
 
-x           (H, W, C) float32
-kernel      (K, K) float32, of sum 1, K odd
+    x           (H, W, C) float32
+    kernel      (K, K) float32, of sum 1, K odd
+
+Beyond the border lies the nearest pixel.
 """
 
 import cv2
@@ -89,7 +91,10 @@ def needles(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
 
 
 def plasma(rng: np.random.Generator, h: int, w: int, decay: float) -> np.ndarray:
-    """Clouds (h, w, 1) in 0-1: noise of 1, 2, 4, ... cells on the longer side, each 1 / decay as strong."""
+    """Clouds (h, w, 1) in 0-1: noise of 1, 2, 4, ... cells on the longer side.
+
+    Each is 1 / decay as strong as the one before.
+    """
     side = max(h, w)
     clouds = np.zeros((h, w), np.float32)
     for octave in range(int(np.ceil(np.log2(side))) + 1):
