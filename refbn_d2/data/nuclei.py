@@ -133,7 +133,8 @@ def _read(pictures: list[Path], target: Path) -> tuple[list[dict], list[dict]]:
             )
         taken = np.zeros((height, width), bool)
         for mask_path in masks:
-            mask = _open(mask_path).any(axis=2)
+            red, green, blue = np.moveaxis(_open(mask_path), 2, 0)
+            mask = (red | green | blue) > 0
             if mask.shape != taken.shape:
                 raise DataError(
                     f"{mask_path} is {mask.shape[1]} x {mask.shape[0]} pixels, its picture "
