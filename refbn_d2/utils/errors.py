@@ -1,17 +1,26 @@
 """Errors for what a user can fix: the command line turns each into one line."""
 
+from collections.abc import Iterable
+
 
 class RefBNError(ValueError):
-    """Something that the user can fix; the message says what and how."""
+    """Something that a user can fix. The message says what is wrong and what to do."""
 
 
 class ConfigError(RefBNError):
-    """A config key or an argument has a value that is not allowed."""
+    """A config file, key or value that cannot be used."""
 
 
 class DataError(RefBNError):
-    """A dataset, a picture or a table of results cannot be used as it is."""
+    """A data set, image or annotation that cannot be used."""
 
 
 class CheckpointError(RefBNError):
-    """A checkpoint cannot be read, or does not fit the model."""
+    """A checkpoint file that cannot be read, or that does not fit the model."""
+
+
+def listing(names: Iterable[str], limit: int = 20, separator: str = ", ") -> str:
+    """Join the first `limit` names, and say how many more there are."""
+    names = list(names)
+    more = [f"and {len(names) - limit} more"] if len(names) > limit else []
+    return separator.join(names[:limit] + more)

@@ -1,0 +1,1 @@
+"""What everything else stands on: torch, numpy and the standard library only."""
