@@ -34,8 +34,19 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ..utils.errors import DataError
-from .filters import blur, channels, convolve, disk, displace, gray, needles, plasma, resize, streak
+from refbn_d2.data.filters import (
+    blur,
+    channels,
+    convolve,
+    disk,
+    displace,
+    gray,
+    needles,
+    plasma,
+    resize,
+    streak,
+)
+from refbn_d2.utils.errors import DataError
 
 SMALL = 96  # pixels: a picture with a shorter side under it takes the small severities
 SEVERITIES = (1, 2, 3, 4, 5)

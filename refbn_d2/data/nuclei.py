@@ -36,8 +36,8 @@ import numpy as np
 import pycocotools.mask
 from tqdm import tqdm
 
-from ..utils.errors import DataError
-from .images import read_image
+from refbn_d2.data.images import read_image
+from refbn_d2.utils.errors import DataError
 
 logger = logging.getLogger(__name__)
 
