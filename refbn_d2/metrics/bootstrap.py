@@ -47,9 +47,14 @@ class Matches(NamedTuple):
         Args:
             counts: (N,) how often each image counts; None: once.
             iou: one of the thresholds, .50, .55, ... .95; None: the mean over all.
+
+        Raises:
+            DataError: `iou` is none of the thresholds.
         """
         counts = np.ones(len(self.image_ids)) if counts is None else np.asarray(counts, float)
         chosen = slice(None) if iou is None else np.isclose(self.thresholds, iou)
+        if iou is not None and not chosen.any():
+            raise DataError(f"IoU threshold {iou} is not among {self.thresholds.round(2).tolist()}")
         precisions = [self._precision(c, counts, chosen) for c in self.classes]
         defined = [p for p in precisions if p is not None]
         return 100 * float(np.mean(defined)) if defined else float("nan")

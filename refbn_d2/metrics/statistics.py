@@ -133,7 +133,7 @@ class UnderCorruption(NamedTuple):
     rpc: float | None  # in percent; None where the clean performance is 0
 
 
-def performance_under_corruption(
+def mean_performance_under_corruption(
     clean: float, corrupted: Mapping[str, Sequence[float] | Mapping[int, float]]
 ) -> UnderCorruption:
     """mPC = mean over corruptions of the mean over severities;  rPC = 100 mPC / clean
