@@ -9,8 +9,8 @@ import pytest
 from refbn_d2.metrics.statistics import (
     holm,
     mean_interval,
-    paired_difference,
     mean_performance_under_corruption,
+    paired_difference,
     steps_to,
 )
 from refbn_d2.utils.errors import DataError
