@@ -10,8 +10,9 @@ results with each other, not with published numbers, because of these difference
 - frost: the authors blend photographs of ice. We draw a texture of clouds and crossed needles.
 - glass_blur: every pixel takes the value of a random neighbor; the authors swap pixels in sequence.
 - motion_blur: the kernel is centered, so that objects stay inside their annotated boxes.
-- elastic_transform: local displacement with a length that grows with the severity; ImageNet-C mixes
-  wide with local displacement, and its severity 3 is weaker than its severity 2.
+- elastic_transform: local displacement whose length grows with the severity. The authors also move
+  the whole picture by a random affine map, and their severity 3 is weaker than their severity 2.
+- zoom_blur: the unmoved picture counts once in the mean; the authors count it twice.
 
 Severities: a picture whose shorter side is under 96 pixels takes those for small pictures (after
 CIFAR-10-C, 32 pixels); any other takes those for large pictures (after ImageNet-C, 224 pixels).
