@@ -138,7 +138,7 @@ def mean_performance_under_corruption(
 ) -> UnderCorruption:
     """mPC = mean over corruptions of the mean over severities;  rPC = 100 mPC / clean
 
-    Michaelis et al., "Benchmarking Robustness in Object Detection" (2019), section 3.2. Give a
+    Michaelis et al., "Benchmarking Robustness in Object Detection" (2019). Give a
     metric that is better when it is higher: AP or accuracy, not an error.
 
     Args:
