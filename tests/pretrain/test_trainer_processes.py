@@ -40,7 +40,7 @@ def kill_at(monkeypatch, iteration):
 # ---- resumption
 
 
-@pytest.mark.parametrize("refresh", ["static", "full", "slice", "ride"])
+@pytest.mark.parametrize("refresh", ["static", "full", "slice", "concat"])
 def test_killed_and_resumed_equals_straight(cfg, tmp_path, monkeypatch, refresh):
     cfg.merge_from_list(["MODEL.REFBN.REFRESH", refresh, *ALL_AT_ONCE])
     run(cfg, "OUTPUT_DIR", str(tmp_path / "straight"))
