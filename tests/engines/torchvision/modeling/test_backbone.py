@@ -1,8 +1,7 @@
-import torch
 from torch import nn
 
 from refbn_d2.engines.torchvision.modeling import build_model
-from refbn_d2.engines.torchvision.modeling.backbone import FrozenBatchNorm2d
+from refbn_d2.engines.torchvision.modeling.norms import FrozenBatchNorm2d
 from refbn_d2.layers import RefBatchNorm2d
 from tests.engines.torchvision.modeling.helpers import FPN, config, make_samples, trained_step
 
@@ -25,16 +24,3 @@ def test_frozen_stages_are_constant_and_the_others_refbn():
     changed = {key for key, value in model.state_dict().items() if not value.equal(before[key])}
     assert changed and not any(key.startswith("backbone.bottom_up.res3") for key in changed)
     assert "backbone.bottom_up.res4.0.conv1.norm.running_mean" in changed
-
-
-def test_a_frozen_batch_norm_is_the_batch_norm_in_eval_mode():
-    norm = nn.BatchNorm2d(6, eps=1e-3)
-    for value in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
-        value.uniform_(0.5, 2)
-    frozen = FrozenBatchNorm2d.of(norm)
-    for requires_grad in (False, True):
-        x = torch.randn(2, 6, 4, 5, requires_grad=requires_grad)
-        torch.testing.assert_close(frozen(x), norm.eval()(x))
-    assert not list(frozen.parameters())
-    x = torch.randn(2, 6, 4, 5)
-    torch.testing.assert_close(FrozenBatchNorm2d(6)(x), x)  # the identity at first
