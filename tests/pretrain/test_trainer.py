@@ -18,8 +18,10 @@ import torch
 from PIL import Image
 
 from refbn_d2.checkpoint import load_checkpoint, save_checkpoint
+from refbn_d2.config.resume import FREE_IN_PRETRAINING
 from refbn_d2.layers import refbn_layers
-from refbn_d2.pretrain.trainer import Trainer, main
+from refbn_d2.pretrain.trainer import Trainer, evaluate, train
+from refbn_d2.training.main import run_training
 
 ROOT = Path(__file__).parents[2]
 ALL_AT_ONCE = [
@@ -33,14 +35,14 @@ ALL_AT_ONCE = [
 def run(cfg, *overrides, resume=False, eval_only=False):
     cfg = cfg.clone()
     cfg.merge_from_list(list(overrides))
-    return main(cfg, resume, eval_only)
+    return run_training(cfg, train, evaluate, FREE_IN_PRETRAINING, resume, eval_only)
 
 
 def trainer(cfg, *overrides):
     cfg.merge_from_list([*overrides])
     out = Path(cfg.OUTPUT_DIR)
     out.mkdir(exist_ok=True)
-    return Trainer(cfg, out, resume=False, training=True)
+    return Trainer(cfg, out)
 
 
 def final(output_dir, key="model"):
@@ -279,7 +281,7 @@ def test_mixup_ends_with_its_epoch(cfg):
     batch = next(iter(one.loader))
     for iteration in (0, 9, 10, 15):
         one.step(iteration, batch)
-    plain = one._normalize(batch[0])
+    plain = one.normalize(batch[0])
     assert [torch.equal(x, plain) for x in seen] == [False, False, True, True]
 
 
@@ -549,7 +551,9 @@ def test_nan_loss_names_the_iteration_and_keeps_the_checkpoint(cfg, monkeypatch)
         return step(self, iteration, batch)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
-    with pytest.raises(FloatingPointError, match="at iteration 9: loss nan.*model_0000006.pth"):
+    with pytest.raises(
+        FloatingPointError, match="at iteration 9: .*'total_loss': nan.*model_0000006.pth"
+    ):
         run(cfg)
     weights = load_checkpoint(Path(cfg.OUTPUT_DIR) / "model_0000006.pth")["model"]
     assert all(value.isfinite().all() for value in weights.values())

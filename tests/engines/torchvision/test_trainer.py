@@ -14,8 +14,11 @@ import pytest
 import torch
 
 from refbn_d2.checkpoint.files import load_checkpoint, save_checkpoint
+from refbn_d2.config.resume import FREE_IN_DETECTION
 from refbn_d2.engines.torchvision import trainer as trainer_module
-from refbn_d2.engines.torchvision.trainer import Trainer, main
+from refbn_d2.engines.torchvision.trainer import Trainer, evaluate, train
+from refbn_d2.training.main import run_training
+from refbn_d2.utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
 
@@ -23,7 +26,7 @@ ROOT = Path(__file__).parents[3]
 def run(cfg, *overrides, resume=False, eval_only=False):
     cfg = cfg.clone()
     cfg.merge_from_list(list(overrides))
-    return main(cfg, resume, eval_only)
+    return run_training(cfg, train, evaluate, FREE_IN_DETECTION, resume, eval_only)
 
 
 def weights(output_dir, name="model_final"):
@@ -241,7 +244,7 @@ def test_random_numbers_differ_by_seed(tiny_cfg, tmp_path):
     for seed in (3, 4):
         out = tmp_path / str(seed)
         tiny_cfg.merge_from_list(["SEED", seed, "OUTPUT_DIR", str(out)])
-        trainer = Trainer(tiny_cfg, out, False, False, training=True)
+        trainer = Trainer(tiny_cfg, out)
         weights = losses.setdefault("weights", copy.deepcopy(trainer.model.state_dict()))
         trainer.model.load_state_dict(weights)
         samples = losses.setdefault("samples", next(iter(trainer.loader)))
@@ -357,7 +360,7 @@ def test_eval_only_without_a_dataset(tiny_cfg):
 
 
 def test_a_test_set_is_looked_for_before_training(tiny_cfg):
-    with pytest.raises(KeyError, match="shapes_vall"):
+    with pytest.raises(ConfigError, match="shapes_vall"):
         run(tiny_cfg, "DATASETS.TEST", ["shapes_vall"])
     assert not (Path(tiny_cfg.OUTPUT_DIR) / "metrics.json").exists()
 
