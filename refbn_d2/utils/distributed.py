@@ -68,8 +68,10 @@ def launch(
         join=False,
     )
     # Workers stop at an iteration that they agree on, and write a checkpoint: wait for them.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: _pass_on(number, context.processes))
+    handlers = {
+        number: signal.signal(number, lambda number, frame: _pass_on(number, context.processes))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         while not context.join(grace_period=GRACE):
             pass
@@ -79,6 +81,9 @@ def launch(
         if isinstance(error, mp.ProcessExitedException):
             raise SystemExit(error.exit_code) from None
         raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _pass_on(number: int, processes: list) -> None:

@@ -18,7 +18,8 @@ from refbn_d2.config.resume import FREE_IN_DETECTION
 from refbn_d2.engines.torchvision import trainer as trainer_module
 from refbn_d2.engines.torchvision.trainer import Trainer, evaluate, train
 from refbn_d2.training.main import run_training
-from refbn_d2.utils.errors import ConfigError
+from refbn_d2.utils import distributed
+from refbn_d2.utils.errors import ConfigError, DivergedError
 
 ROOT = Path(__file__).parents[3]
 
@@ -283,6 +284,36 @@ def test_nan_in_a_loss_alone(tiny_cfg, monkeypatch):
     monkeypatch.setattr(trainer_module.build_model(tiny_cfg).__class__, "forward", poisoned)
     with pytest.raises(FloatingPointError, match="at iteration 0: .*'loss_mask': nan.*none yet"):
         run(tiny_cfg)
+
+
+def _times_nan(module, args, losses):
+    return {name: loss * float("nan") for name, loss in losses.items()}
+
+
+def worker_1_diverges(cfg):
+    """In each of two workers; the step that ends with a checkpoint has a loss of NaN on one."""
+    step = Trainer.step
+
+    def poisoned(self, iteration, batch):
+        if iteration + 1 == self.checkpoint_period:
+            self.model.register_forward_hook(_times_nan)
+        try:
+            return step(self, iteration, batch)
+        except FloatingPointError:
+            time.sleep(3)  # worker 0 is not to be ended before it could write a checkpoint
+            raise
+
+    if distributed.rank() == 1:
+        Trainer.step = poisoned
+    run(cfg)
+
+
+@pytest.mark.slow
+def test_nan_on_worker_1_stops_worker_0_before_it_writes_weights(tiny_cfg):
+    with pytest.raises(DivergedError, match="at iteration 3: .*none yet"):
+        distributed.launch(worker_1_diverges, 2, 1, 0, "auto", "cpu", (tiny_cfg,))
+    assert not list(Path(tiny_cfg.OUTPUT_DIR).glob("model_*.pth"))
+    assert not (Path(tiny_cfg.OUTPUT_DIR) / "last_checkpoint").exists()
 
 
 def test_output_dir_of_another_run_is_left_alone(tiny_cfg):
