@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from refbn_d2.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from refbn_d2.config import refbn_options
+from refbn_d2.layers.peers import prepare_peers
 from refbn_d2.pretrain.backbone import resnet_keys, write_backbone
 from refbn_d2.pretrain.data.datasets import load_images
 from refbn_d2.pretrain.data.loaders import Samples, Unreadable, build_train_loader, build_transform
@@ -109,6 +110,8 @@ class Trainer(TrainingLoop):
         self.normalize, self.autocast = build_normalize(cfg), autocast(cfg)
         self.evaluator = Evaluator(cfg, images.test)
         self.epoch_iters = max(1, len(images.train) // cfg.SOLVER.IMS_PER_BATCH)
+        max_iter = cfg.SOLVER.EPOCHS * self.epoch_iters
+        prepare_peers(model, max_iter)
         check_batch_size(cfg, distributed.world_size())
         self.erase = RandomErasing(cfg.INPUT.RANDOM_ERASING, mode="pixel", device=cfg.MODEL.DEVICE)
         self.mixup, self.loss = build_mixup(cfg, model.num_classes), build_loss(cfg)
@@ -141,7 +144,7 @@ class Trainer(TrainingLoop):
             reference=reference,
             seed=seed,
             start_iteration=start,
-            max_iter=cfg.SOLVER.EPOCHS * self.epoch_iters,
+            max_iter=max_iter,
             checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
             eval_period=cfg.TEST.VAL_INTERVAL * self.epoch_iters,
         )
@@ -177,7 +180,15 @@ class Trainer(TrainingLoop):
             with self.autocast:
                 model(rows(chosen))
 
-        reference = ReferenceBatch(model, tensors, forward, options, identity, model, rows)
+        reference = ReferenceBatch(
+            model,
+            tensors,
+            options,
+            forward=forward,
+            identity=identity,
+            concat_to=model,
+            rows=rows,
+        )
         if state:
             reference.load_state_dict(state)
         else:
@@ -213,7 +224,7 @@ class Trainer(TrainingLoop):
                     logits = self.wrapped(x)
                     loss = self.loss(logits.float(), y) / parts
                 self.scaler.scale(loss).backward()
-            if self.reference and part == 0:  # a slice rides on the first part
+            if self.reference and part == 0:  # a slice goes with the first part
                 self.reference.after_step()
             total += loss.detach()
             outputs.append(logits.detach())

@@ -21,7 +21,7 @@ from refbn_d2.engines.torchvision.data import (
 from refbn_d2.engines.torchvision.evaluation import Evaluator
 from refbn_d2.engines.torchvision.modeling import build_model
 from refbn_d2.engines.torchvision.solver import build_optimizer, gradient_clipper, lr_multiplier
-from refbn_d2.layers import refbn_layers
+from refbn_d2.layers import has_refbn
 from refbn_d2.metrics import coco_ap
 from refbn_d2.reference.batch import ReferenceBatch
 from refbn_d2.reference.detection import image_rows
@@ -110,7 +110,7 @@ class Trainer(TrainingLoop):
             cfg, data.dicts, start, distributed.rank(), distributed.world_size(), seed
         )
         reference = None
-        if next(refbn_layers(model), None):
+        if has_refbn(model):
             reference = self._reference(cfg, model, data, checkpoint)
         super().__init__(
             cfg=cfg,
@@ -154,9 +154,14 @@ class Trainer(TrainingLoop):
                 model(samples)
 
         reference = ReferenceBatch(
-            model, samples, forward, options, identity, model.backbone,
-            image_rows(model),
-        )  # fmt: skip
+            model,
+            samples,
+            options,
+            forward=forward,
+            identity=identity,
+            concat_to=model.backbone,
+            rows=image_rows(model),
+        )
         if state:
             reference.load_state_dict(state)
         else:
