@@ -117,8 +117,8 @@ class Trainer(TrainingLoop):
         self.mixup, self.loss = build_mixup(cfg, model.num_classes), build_loss(cfg)
         if resnet_keys(model) is None:
             logger.warning(
-                "%s is no ResNet or ResNeXt that Detectron2 builds: only the classifier will be "
-                "written, no backbone.",
+                "%s is no ResNet or ResNeXt that Detectron2 builds: no backbone will be written, "
+                "only the classifier.",
                 cfg.MODEL.NAME,
             )
         samples = Samples(images.train, build_transform(cfg, training=True), seed)
