@@ -16,7 +16,7 @@ import torch
 
 from refbn_d2.checkpoint.files import load_checkpoint, save_checkpoint
 from refbn_d2.layers import refbn_layers
-from refbn_d2.utils.errors import CheckpointError, ConfigError, RefBNError
+from refbn_d2.utils.errors import CheckpointError, ConfigError
 
 detectron2 = pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 pytestmark = pytest.mark.detectron2
@@ -108,7 +108,7 @@ def test_bad_input_ends_in_one_line(detectron2_cfg, config_file, tmp_path, overr
         config_file=str(config_file), opts=[*overrides], resume=False, eval_only=False,
         num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto", allow_partial_weights=False,
     )  # fmt: skip
-    with pytest.raises((RefBNError, OSError), match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         engine.run(args)
 
 
