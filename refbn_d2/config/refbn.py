@@ -1,7 +1,6 @@
 """This package's own config keys: what they are, and what they may hold."""
 
 import math
-import numbers
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -118,4 +117,4 @@ def _require_int(key: str, value: Any, least: int) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

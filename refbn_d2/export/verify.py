@@ -20,7 +20,8 @@ from refbn_d2.config import CfgNode, get_cfg
 from refbn_d2.config.cfg_node import leaves
 from refbn_d2.data.shapes.drawing import draw_detection
 from refbn_d2.engines.torchvision.modeling import build_model
-from refbn_d2.engines.torchvision.modeling.backbone import build_backbone, norm_factory
+from refbn_d2.engines.torchvision.modeling.backbone import build_backbone
+from refbn_d2.engines.torchvision.modeling.norms import norm_factory
 from refbn_d2.engines.torchvision.supported import check_supported
 from refbn_d2.layers import convert_to_refbn
 from refbn_d2.utils.errors import CheckpointError

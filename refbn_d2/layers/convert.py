@@ -6,6 +6,7 @@ return needs nothing of this package.
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -32,7 +33,7 @@ def convert_to_refbn(model: nn.Module, **options) -> nn.Module:
         ValueError: an option holds what RefBatchNorm2d does not take.
     """
 
-    def convert(norm: nn.Module) -> nn.Module | None:
+    def convert(norm: Any) -> nn.Module | None:
         if isinstance(norm, RefBatchNorm2d) or not is_norm(norm):
             return None
         mean, var = norm.running_mean, norm.running_var
@@ -80,6 +81,7 @@ def convert_from_refbn(
     """
 
     def convert(refbn: nn.Module) -> nn.Module | None:
+        new: Any
         if not isinstance(refbn, RefBatchNorm2d) or not is_norm(refbn):
             return None
         new = norm(refbn.num_features, eps=refbn.eps)
@@ -127,7 +129,7 @@ def is_norm(module: nn.Module) -> bool:
     )
 
 
-def _share_statistics(source: nn.Module, target: nn.Module) -> None:
+def _share_statistics(source: Any, target: Any) -> None:
     target.running_mean, target.running_var = source.running_mean, source.running_var
     if getattr(source, "num_batches_tracked", None) is not None:
         target.num_batches_tracked = source.num_batches_tracked

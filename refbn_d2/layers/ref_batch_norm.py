@@ -8,7 +8,6 @@ Applications 2020, 29(4):187-194. `functional.py` holds the arithmetic, this fil
 import enum
 import functools
 import logging
-import numbers
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -35,7 +34,7 @@ class Moments(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    count: int
+    count: int  # type: ignore[assignment]  # not tuple.count
 
 
 class Recording(enum.Enum):
@@ -86,6 +85,14 @@ class RefBatchNorm2d(nn.BatchNorm2d):
             pass, w = 0 and a single element a channel.
     """
 
+    # buffers, always there
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    ref_mean: Tensor
+    ref_var: Tensor
+    ref_count: Tensor
+
     def __init__(
         self,
         num_features: int,
@@ -98,7 +105,7 @@ class RefBatchNorm2d(nn.BatchNorm2d):
         device=None,
         dtype=None,
     ) -> None:
-        if not (isinstance(reference_weight, numbers.Real) and 0 <= reference_weight <= 1):
+        if not (isinstance(reference_weight, int | float) and 0 <= reference_weight <= 1):
             raise ValueError(f"reference_weight must be in [0, 1], not {reference_weight!r}")
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, not {gradient!r}")

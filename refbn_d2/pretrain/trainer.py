@@ -20,6 +20,7 @@ from tqdm import tqdm
 from refbn_d2.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from refbn_d2.config import ConfigError, refbn_options
 from refbn_d2.config.resume import FREE_IN_PRETRAINING
+from refbn_d2.layers.peers import prepare_peers
 from refbn_d2.pretrain.backbone import resnet_keys, write_backbone
 from refbn_d2.pretrain.data.datasets import ImageSet, load_images
 from refbn_d2.pretrain.data.loaders import (
@@ -126,6 +127,7 @@ class Trainer(TrainingLoop):
         self.max_iter = solver.EPOCHS * self.epoch_iters
         self.eval_period = cfg.TEST.VAL_INTERVAL * self.epoch_iters
         self.checkpoint_period = solver.CHECKPOINT_PERIOD
+        prepare_peers(self.model, self.max_iter)
         self._prepare_loss()
         if resnet_keys(self.model) is None:
             logger.warning(

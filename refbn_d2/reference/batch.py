@@ -92,8 +92,10 @@ class ReferenceBatch:
             raise ValueError("A reference batch needs images, and there are none.")
         _remove_hooks_of_others(model)
         self.model, self.samples = model, list(images)
-        given = Inputs(forward, concat_to, rows)
-        self._inputs = given if forward else infer_inputs(model, self.samples, given)
+        if forward:
+            self._inputs = Inputs(forward, concat_to, rows)
+        else:
+            self._inputs = infer_inputs(model, self.samples, concat_to, rows)
         self.options = options or _default_options(len(self.samples), self._inputs)
         if identity is None:
             identity = identity_of_samples(self.samples)
@@ -111,13 +113,13 @@ class ReferenceBatch:
         for layer in self._layers.values():
             layer.stop_recording()
         if self.options.refresh == "concat":
-            if not self._inputs.can_concat:
+            if self._inputs.concat_to is None or self._inputs.rows is None:
                 raise ConfigError(
                     'MODEL.REFBN.REFRESH "concat" needs a module whose input a slice can be '
                     'appended to (concat_to and rows); use "slice".'
                 )
-            inside = {id(layer) for _, layer in refbn_layers(self._inputs.concat_to)}
-            self._concat_layers = {n: m for n, m in self._layers.items() if id(m) in inside}
+            inside = {layer for _, layer in refbn_layers(self._inputs.concat_to)}
+            self._concat_layers = {n: m for n, m in self._layers.items() if m in inside}
 
     def begin(self) -> None:
         """Give every layer its reference before the first step of a run, by options.reference.
@@ -198,7 +200,7 @@ class ReferenceBatch:
         self._beside = {n: m for n, m in recorded.items() if n not in self._concat_layers}
         for layer in self._concat_layers.values():
             layer.start_recording(Recording.CONCAT, len(samples), self.options.slice_momentum)
-        module = self._inputs.concat_to
+        module: Any = self._inputs.concat_to  # there, as the constructor made sure
         self._hooks = [
             module.register_forward_pre_hook(self._append_rows),
             module.register_forward_hook(self._drop_rows),
@@ -297,6 +299,7 @@ class ReferenceBatch:
         if not module.training:
             return None
         batch, *rest = args
+        assert self._inputs.rows is not None  # the constructor made sure
         rows = self._inputs.rows(self._appended, batch).to(batch)
         if batch.is_contiguous(memory_format=torch.channels_last):
             rows = rows.contiguous(memory_format=torch.channels_last)

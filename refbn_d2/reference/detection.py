@@ -6,6 +6,7 @@ rows        (k, C, H, W) of k samples, padded with zeros or cropped at the right
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ def image_rows(model: nn.Module) -> Callable[[list[dict], Tensor], Tensor]:
     return rows
 
 
-def transformed_rows(model: nn.Module) -> Callable[[list[tuple], Tensor], Tensor]:
+def transformed_rows(model: Any) -> Callable[[list[tuple], Tensor], Tensor]:
     """Return `rows` of a detector with torchvision's `transform` (GeneralizedRCNNTransform)."""
 
     def rows(samples: list[tuple[Tensor, dict]], batch: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ Sample = Any  # what the training pipeline gives for one image
 class Inputs(NamedTuple):
     """`forward`, `concat_to` and `rows` of `ReferenceBatch`."""
 
-    forward: Callable[[list[Sample]], Any] | None
+    forward: Callable[[list[Sample]], Any]
     concat_to: nn.Module | None
     rows: Callable[[list[Sample], Tensor], Tensor] | None
 
@@ -24,8 +24,13 @@ class Inputs(NamedTuple):
         return self.concat_to is not None and self.rows is not None
 
 
-def infer_inputs(model: nn.Module, samples: Sequence[Sample], given: Inputs) -> Inputs:
-    """Return how `samples` are run by `model`; what is `given` stays.
+def infer_inputs(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    concat_to: nn.Module | None = None,
+    rows: Callable[[list[Sample], Tensor], Tensor] | None = None,
+) -> Inputs:
+    """Return how `samples` are run by `model`; `concat_to` and `rows` stay, where given.
 
     Known are images (C, H, W) of one size, which are stacked (a classifier, or any model that takes
     a batch); dicts with "image", for a detector with Detectron2's `pixel_mean` and `backbone`; and
@@ -55,7 +60,11 @@ def infer_inputs(model: nn.Module, samples: Sequence[Sample], given: Inputs) -> 
         inferred = Inputs(forward, getattr(model, "backbone", None), transformed_rows(model))
     else:
         inferred = Inputs(model, None, None)
-    return Inputs(*(a if a is not None else b for a, b in zip(given, inferred, strict=True)))
+    return Inputs(
+        inferred.forward,
+        inferred.concat_to if concat_to is None else concat_to,
+        inferred.rows if rows is None else rows,
+    )
 
 
 def without_last_rows(output: Any, k: int) -> Any:
@@ -71,7 +80,8 @@ def without_last_rows(output: Any, k: int) -> Any:
         return output[:-k]
     if isinstance(output, Mapping):
         parts = {key: without_last_rows(value, k) for key, value in output.items()}
-        return parts if type(output) is dict else type(output)(parts)
+        container: Any = type(output)  # an OrderedDict, or a mapping of somebody's own
+        return container(parts)
     if isinstance(output, tuple) and hasattr(output, "_fields"):
         return type(output)(*(without_last_rows(value, k) for value in output))
     if isinstance(output, tuple | list):

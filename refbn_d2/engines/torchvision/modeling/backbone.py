@@ -18,76 +18,9 @@ from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import Tensor, nn
 
 from refbn_d2.checkpoint.resnets import BLOCKS
-from refbn_d2.layers import RefBatchNorm2d
-from refbn_d2.layers.convert import BATCH_NORMS, replace_modules
-from refbn_d2.utils.errors import ConfigError
+from refbn_d2.engines.torchvision.modeling.norms import Norm, freeze, norm_factory
 
 logger = logging.getLogger(__name__)
-
-
-class FrozenBatchNorm2d(nn.Module):
-    """y = weight (x - running_mean) / sqrt(running_var + eps) + bias, all four constant buffers
-
-    The identity at first. `num_batches_tracked` is there where the layer was a BatchNorm before.
-    """
-
-    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.num_features, self.eps = num_features, eps
-        self.register_buffer("weight", torch.ones(num_features))
-        self.register_buffer("bias", torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features) - eps)
-        self.register_buffer("num_batches_tracked", None)
-
-    @classmethod
-    def of(cls, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> "FrozenBatchNorm2d":
-        """`norm` as it is now, frozen; a RefBatchNorm2d's reference is dropped."""
-        frozen = cls(norm.num_features, norm.eps)
-        frozen.weight.copy_(norm.weight.detach())
-        frozen.bias.copy_(norm.bias.detach())
-        frozen.running_mean.copy_(norm.running_mean)
-        frozen.running_var.copy_(norm.running_var)
-        frozen.num_batches_tracked = norm.num_batches_tracked
-        return frozen
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad and x.dtype == torch.float32:  # one pass that need not keep x
-            scale = self.weight * (self.running_var + self.eps).rsqrt()
-            shift = self.bias - self.running_mean * scale
-            return torch.addcmul(shift.view(1, -1, 1, 1), x, scale.view(1, -1, 1, 1))
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-        )
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps}"
-
-
-Norm = Callable[[int], nn.Module | None]
-
-
-def norm_factory(name: str, device: str) -> Norm:
-    """Return `norm(channels)`, which makes a layer for (N, channels, H, W); None for "".
-
-    Args:
-        name: "RefBN", "BN", "SyncBN", "FrozenBN", "GN" (32 groups) or "".
-        device: MODEL.DEVICE: on the CPU, where torch has no synchronized BatchNorm, SyncBN is BN.
-
-    Raises:
-        ConfigError: there is no such norm.
-    """
-    factories: dict[str, Norm] = {
-        "": lambda channels: None,
-        "RefBN": RefBatchNorm2d,
-        "BN": nn.BatchNorm2d,
-        "SyncBN": nn.BatchNorm2d if torch.device(device).type == "cpu" else nn.SyncBatchNorm,
-        "FrozenBN": FrozenBatchNorm2d,
-        "GN": functools.partial(nn.GroupNorm, 32),
-    }
-    if name not in factories:
-        raise ConfigError(f"unknown norm {name!r}; known: {', '.join(map(repr, factories))}")
-    return factories[name]
 
 
 class Conv2d(nn.Conv2d):
@@ -102,15 +35,6 @@ class Conv2d(nn.Conv2d):
         if self.norm is not None:
             x = self.norm(x)
         return F.relu_(x) if self.relu else x
-
-
-def freeze(module: nn.Module) -> None:
-    """Freeze every parameter in `module`, and make every BatchNorm in it FrozenBN, in place."""
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-    replace_modules(
-        module, lambda m: FrozenBatchNorm2d.of(m) if isinstance(m, BATCH_NORMS) else None
-    )
 
 
 class Stem(nn.Module):

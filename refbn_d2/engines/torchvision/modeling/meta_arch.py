@@ -15,6 +15,7 @@ from refbn_d2.engines.torchvision.modeling.boxes import clip_boxes, nonempty
 from refbn_d2.engines.torchvision.modeling.masks import paste_masks
 from refbn_d2.engines.torchvision.modeling.roi_heads import build_roi_heads
 from refbn_d2.engines.torchvision.modeling.rpn import RPN, Targets
+from refbn_d2.layers.peers import prepare_peers
 
 
 class GeneralizedRCNN(nn.Module):
@@ -146,4 +147,5 @@ def build_model(cfg) -> GeneralizedRCNN:
     """Build the model of MODEL.* with fresh weights on MODEL.DEVICE, convolutions channels last."""
     model = GeneralizedRCNN(cfg)
     apply_options(model, refbn_options(cfg))
+    prepare_peers(model, cfg.SOLVER.MAX_ITER)
     return model.to(cfg.MODEL.DEVICE, memory_format=torch.channels_last)

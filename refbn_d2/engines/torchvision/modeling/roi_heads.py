@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import batched_nms
 
-from refbn_d2.engines.torchvision.modeling.backbone import Conv2d, norm_factory, resnet_stage
+from refbn_d2.engines.torchvision.modeling.backbone import Conv2d, resnet_stage
 from refbn_d2.engines.torchvision.modeling.boxes import (
     apply_deltas,
     box_deltas,
@@ -27,6 +27,7 @@ from refbn_d2.engines.torchvision.modeling.boxes import (
     sample,
 )
 from refbn_d2.engines.torchvision.modeling.masks import mask_targets
+from refbn_d2.engines.torchvision.modeling.norms import norm_factory
 from refbn_d2.engines.torchvision.modeling.roi_align import roi_align
 from refbn_d2.engines.torchvision.modeling.rpn import Targets
 
