@@ -37,11 +37,10 @@ def main(argv: list[str] | None = None) -> None:
     checkpointer = DetectionCheckpointer(
         model, cfg.OUTPUT_DIR, optimizer=optimizer, scheduler=scheduler, reference=reference
     )
-    start = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume).get("iteration", 0)
-    steps = range(start, cfg.SOLVER.MAX_ITER)
-    losses = []
-    with EventStorage(start) as storage:
-        for iteration, data in zip(steps, data_loader, strict=False):
+    loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    start_iter, max_iter, losses = loaded.get("iteration", 0), cfg.SOLVER.MAX_ITER, []
+    with EventStorage(start_iter) as storage:
+        for iteration, data in zip(range(start_iter, max_iter), data_loader, strict=False):
             with reference.step(iteration):
                 loss = sum(model(data).values())
                 optimizer.zero_grad()
@@ -50,8 +49,8 @@ def main(argv: list[str] | None = None) -> None:
             scheduler.step()
             storage.step()
             losses.append(loss.item())
-    checkpointer.save("model_final", iteration=cfg.SOLVER.MAX_ITER)
-    print(f"From iteration {start}: loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
+    checkpointer.save("model_final", iteration=max_iter)
+    print(f"From iteration {start_iter}: loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
 
 
 if __name__ == "__main__":
