@@ -17,7 +17,7 @@ SAID = re.compile(r"loss (\d+\.\d+) at first, (\d+\.\d+) at last")
 
 @pytest.fixture
 def steps_seen(monkeypatch):
-    """(iteration, is a slice in flight, every layer has a reference) after each training step."""
+    """Of each step: (iteration, slice appended?, position of the next, all layers have theirs?)."""
     from refbn_d2 import ReferenceBatch
 
     seen, after_step = [], ReferenceBatch.after_step
@@ -25,8 +25,8 @@ def steps_seen(monkeypatch):
     def watched(self):
         was_appended = bool(self._appended)
         after_step(self)
-        layers = [layer for _, layer in refbn_layers(self.model)]
-        seen.append((self.iteration - 1, was_appended, all(m.has_reference() for m in layers)))
+        complete = all(layer.has_reference() for _, layer in refbn_layers(self.model))
+        seen.append((self.iteration - 1, was_appended, self.position, complete))
 
     monkeypatch.setattr(ReferenceBatch, "after_step", watched)
     return seen
@@ -43,8 +43,9 @@ def losses(capsys):
     return [float(loss) for loss in SAID.search(capsys.readouterr().out).groups()]
 
 
-def expected_steps(start, stop):
-    return [(iteration, iteration % 4 == 0, True) for iteration in range(start, stop)]
+def expected_steps(steps, images, slice_size=8):
+    """A slice every fourth step, going around the images."""
+    return [(i, i % 4 == 0, (i // 4 + 1) * slice_size % images, True) for i in range(steps)]
 
 
 def test_plain_pytorch(tmp_path, capsys, steps_seen):
@@ -57,7 +58,7 @@ def test_plain_pytorch(tmp_path, capsys, steps_seen):
     first, _ = losses(capsys)
     assert first == pytest.approx(2.5, abs=1)  # log(12) = 2.48
     main(args)
-    assert steps_seen == expected_steps(0, 6)
+    assert steps_seen == expected_steps(6, 32)
     assert "Resumed after 3 steps." in capsys.readouterr().out
 
 
@@ -69,7 +70,7 @@ def test_timm_model(tmp_path, capsys, steps_seen):
     load("timm_model").main(["resnet10t", "--steps", "2", "--output", str(output)])
     first, _ = losses(capsys)
     assert first == pytest.approx(2.3, abs=1)  # log(10)
-    assert steps_seen == expected_steps(0, 2)
+    assert steps_seen == expected_steps(2, 16)
     timm.create_model("resnet10t", num_classes=10).load_state_dict(torch.load(output))
 
 
@@ -79,7 +80,7 @@ def test_torchvision_maskrcnn(tiny_shapes, capsys, steps_seen):
     json_file = shapes / "annotations/instances_val.json"
     load("torchvision_maskrcnn").main([str(json_file), str(shapes / "val"), "--size", "64"])
     assert all(0 < loss < 100 for loss in losses(capsys))
-    assert steps_seen == expected_steps(0, 3)
+    assert steps_seen == expected_steps(3, 6, slice_size=6)
 
 
 def test_lightning(tmp_path, capsys, steps_seen, monkeypatch):
@@ -92,8 +93,8 @@ def test_lightning(tmp_path, capsys, steps_seen, monkeypatch):
     first, _ = losses(capsys)
     assert first == pytest.approx(1.4, abs=1)  # log(4)
     [checkpoint] = tmp_path.rglob("*.ckpt")
-    main(["--steps", "4", "--resume", str(checkpoint)])
-    assert steps_seen == expected_steps(0, 4)
+    main(["--steps", "6", "--resume", str(checkpoint)])
+    assert steps_seen == expected_steps(6, 32)
 
 
 @pytest.mark.detectron2
@@ -106,8 +107,9 @@ def test_plain_detectron2(detectron2_cfg, tmp_path, capsys, steps_seen):
     main(["--config-file", str(config_file), "SOLVER.MAX_ITER", "2"])
     assert all(0 < loss < 100 for loss in losses(capsys))
     main(["--config-file", str(config_file), "--resume", "SOLVER.MAX_ITER", "4"])
-    assert [iteration for iteration, _, _ in steps_seen] == [0, 1, 2, 3]
-    assert [appended for _, appended, _ in steps_seen] == [True, False, False, True]
+    assert [step[:3] for step in steps_seen] == [
+        (0, True, 2), (1, False, 2), (2, False, 2), (3, True, 0)  # slices of 2 of 4 images
+    ]  # fmt: skip
     assert "From iteration 2: loss" in capsys.readouterr().out
 
 
