@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     model = convert_to_refbn(resnet18(num_classes=len(train.classes))).to(device)
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:32]
     reference = ReferenceBatch(model, torch.stack([train[i][0] for i in chosen]))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
 
     saved = {"model": model, "optimizer": optimizer, "reference": reference}
     if args.checkpoint.exists():
