@@ -202,8 +202,8 @@ class ReferenceBatch:
             layer.start_recording(Recording.CONCAT, len(samples), self.options.slice_momentum)
         module: Any = self._inputs.concat_to  # there, as the constructor made sure
         self._hooks = [
-            module.register_forward_pre_hook(self._append_rows),
-            module.register_forward_hook(self._drop_rows),
+            module.register_forward_pre_hook(self._append_rows, prepend=True),
+            module.register_forward_hook(self._drop_rows, prepend=True),
         ]
 
     def after_step(self) -> None:

@@ -146,7 +146,8 @@ def test_dicts_with_images_go_to_a_detectors_backbone():
     model.backbone.register_forward_pre_hook(lambda m, args: batches.append(args[0]))
     with reference.step():
         model([{"image": image} for image in images(2, 1)]).backward()
-    assert [len(batch) for batch in batches] == [16, 2]  # this hook runs before the slice's
+    assert [len(batch) for batch in batches] == [16, 10]
+    torch.testing.assert_close(batches[1][2:], (images(16)[:8] - 0.5) / 2.0)
     assert model.backbone[1].ref_count == 16 * 36
 
 
