@@ -59,6 +59,19 @@ def test_fewer_images_than_a_slice():
     assert seen == [3, 5]
 
 
+def test_the_pairs_of_a_classification_data_set():
+    """(image, label), as torch's datasets give them: the same as the images."""
+    model, expected = classifier(), classifier()
+    reference = ReferenceBatch(model, [(image, 1) for image in images(16)])
+    reference.begin()
+    ReferenceBatch(expected, images(16)).begin()
+    assert torch.equal(model[1].ref_mean, expected[1].ref_mean)
+    seen = rows_seen(model[0])
+    with reference.step():
+        model(images(3, 1)).sum().backward()
+    assert seen == [11]
+
+
 def test_the_iteration_may_be_given_and_is_saved():
     model = classifier()
     reference = ReferenceBatch(model, images(16))
@@ -150,6 +163,7 @@ def test_torchvisions_detector_takes_pairs():
         "boxes": torch.tensor([[4.0, 4.0, 30.0, 30.0]]),
         "labels": torch.tensor([1]),
         "masks": torch.ones(1, 48, 64, dtype=torch.uint8),
+        "image_id": 7,  # no tensor, as torchvision's wrapped COCO has it
     }
     samples = [(torch.rand(3, 48, 64), target) for _ in range(4)]
     reference = ReferenceBatch(model, samples)
