@@ -86,6 +86,9 @@ class TrainingLoop(ABC):
     def evaluate(self) -> dict:
         """Return the results on worker 0, {} on the others. Leaves the model in eval mode."""
 
+    def finish_statistics(self, iteration: int) -> None:  # noqa: B027  most trainings need none
+        """Update running statistics before they are saved and evaluated, in training mode."""
+
     def scalars(self, results: dict) -> dict[str, float]:
         """Return what metrics.json gets of an evaluation's results."""
         return results
@@ -112,6 +115,8 @@ class TrainingLoop(ABC):
                     writer.step(measured)
                     if report:
                         writer.write(iteration, lr)
+                    if evaluate:
+                        self.finish_statistics(iteration)
                     # Before the evaluation: if that fails, nothing is lost.
                     if evaluate or stopping or self._is_due(iteration, self.checkpoint_period):
                         self.save(iteration)

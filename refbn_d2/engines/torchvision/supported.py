@@ -46,7 +46,6 @@ CHOICES = {
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
     "SOLVER.REFERENCE_WORLD_SIZE": (0,),
     "TEST.AUG.ENABLED": (False,),
-    "TEST.PRECISE_BN.ENABLED": (False,),
 }
 
 # Keys that must be above 0: without steps, checkpoints or a learning rate nothing is trained.

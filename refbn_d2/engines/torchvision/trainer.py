@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import nn
 from tqdm import tqdm
 
@@ -99,6 +100,7 @@ class Trainer(TrainingLoop):
         torch.manual_seed(seed)
         model = _build_model(cfg, checkpoint, allow_partial_weights)
         data = load_train_dicts(cfg)
+        self.train_dicts = data.dicts
         start = checkpoint["iteration"] + 1 if checkpoint else 0
         optimizer = build_optimizer(cfg, model)
         self.multiplier = lr_multiplier(cfg)
@@ -193,6 +195,23 @@ class Trainer(TrainingLoop):
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return self.cfg.SOLVER.BASE_LR * factor, measured
+
+    def finish_statistics(self, iteration: int) -> None:
+        """With TEST.PRECISE_BN, replace the running statistics by averages over NUM_ITER batches.
+
+        fvcore's PreciseBN, as in Detectron2 (Wu and Johnson, "Rethinking Batch in BatchNorm", 2021,
+        section 3). The batches are a training loader's own, so the run's stay as they are.
+        """
+        options = self.cfg.TEST.PRECISE_BN
+        if not options.ENABLED or not get_bn_modules(self.model):
+            return
+        batches = build_train_loader(
+            self.cfg, self.train_dicts, iteration + 1, distributed.rank(),
+            distributed.world_size(), self.seed,
+        )  # fmt: skip
+        seed_everything(self.seed, distributed.rank(), iteration)
+        with self.autocast:
+            update_bn_stats(self.model, batches, options.NUM_ITER, progress="tqdm")
 
     def evaluate(self) -> dict[str, dict]:
         """Return {dataset: AP} of DATASETS.TEST on worker 0, {} on the others."""
