@@ -9,7 +9,7 @@ import argparse
 import logging
 import sys
 
-from refbn_d2.checkpoint.convert import NORMS
+from refbn_d2.checkpoint.convert import TARGET_NORMS
 from refbn_d2.checkpoint.inspection import describe
 from refbn_d2.export.convert_file import TARGETS, convert_file
 
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--to", choices=TARGETS, help="layout of the result; onnx, torchscript: of the backbone"
     )
-    p.add_argument("--norm", choices=NORMS, help="of the result, instead of SRC's")
+    p.add_argument("--norm", choices=TARGET_NORMS, help="of the result, instead of SRC's")
     p.add_argument("--verify", action="store_true", help="run SRC and DST on the same picture")
     p.add_argument("--allow-partial", action="store_true", help="leave out what has no counterpart")
     p.add_argument(

@@ -1,4 +1,4 @@
-from refbn_d2.checkpoint.convert import Contents, convert, identify, pack
+from refbn_d2.checkpoint.convert import Contents, convert_state, identify, pack
 from refbn_d2.checkpoint.files import load_checkpoint, save_checkpoint
 from refbn_d2.checkpoint.inspection import describe
 from refbn_d2.checkpoint.loading import LoadReport, load_weights
@@ -13,7 +13,7 @@ __all__ = [
     "CheckpointError",
     "Contents",
     "LoadReport",
-    "convert",
+    "convert_state",
     "describe",
     "detectron2_to_torchvision",
     "identify",

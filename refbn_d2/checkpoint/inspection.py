@@ -60,7 +60,7 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def _model(contents: Contents) -> str:
-    what = f"{contents.which} with {contents.norms['MODEL.RESNETS.NORM'] or 'no norm'}"
+    what = f"{contents.resnet} with {contents.norms['MODEL.RESNETS.NORM'] or 'no norm'}"
     if contents.is_detector:
         parts = [name.split(".") for name in contents.tensors]
         heads = dict.fromkeys(part[1] for part in parts if part[0] == "roi_heads")
@@ -100,7 +100,7 @@ def _what_takes_it(contents: Contents, checkpoint: Mapping[str, Any], path: Path
     else:
         yield "MODEL.WEIGHTS takes it here, with the keys below; in Detectron2, after"
         yield f"  {command} OUT.pkl --to detectron2 --norm FrozenBN"
-    if contents.layout == "detectron2" and contents.which.is_torchvisions:
+    if contents.layout == "detectron2" and contents.resnet.is_torchvisions:
         partly = " --allow-partial" if contents.is_detector else ""
-        yield f"torchvision takes its {contents.which} after"
+        yield f"torchvision takes its {contents.resnet} after"
         yield f"  {command} OUT.pth --to torchvision --norm BN{partly}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from refbn_d2.checkpoint.names import backbone_prefix, resnet_name, to_detectron2
-from refbn_d2.checkpoint.resnets import ResNet, which_resnet
+from refbn_d2.checkpoint.resnets import ResNetSpec, infer_resnet
 from refbn_d2.utils.errors import CheckpointError, listing
 
 logger = logging.getLogger(__name__)
@@ -147,15 +147,15 @@ def _check_backbone(
             logger.warning(message)
 
 
-def _infer_resnet(tensors: Mapping[str, Tensor]) -> ResNet | None:
+def _infer_resnet(tensors: Mapping[str, Tensor]) -> ResNetSpec | None:
     bare = {name: resnet_name(name) for name in tensors}
     try:
-        return which_resnet({own[1]: tuple(tensors[n].shape) for n, own in bare.items() if own})
+        return infer_resnet({own[1]: tuple(tensors[n].shape) for n, own in bare.items() if own})
     except ValueError:
         return None
 
 
-def _why(theirs: ResNet | None, ours: ResNet | None) -> str:
+def _why(theirs: ResNetSpec | None, ours: ResNetSpec | None) -> str:
     if theirs and ours and str(theirs) != str(ours):
         return f"The file holds a {theirs}, the model a {ours} (MODEL.RESNETS)."
     return "The ResNet's depth, width or norm (MODEL.RESNETS) probably differs."

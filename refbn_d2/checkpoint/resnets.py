@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class ResNet:
+class ResNetSpec:
     """A ResNet or ResNeXt with the basic stem, a 7x7 convolution, up to res<last_stage>."""
 
     depth: int
@@ -85,7 +85,7 @@ class ResNet:
         return {f"MODEL.RESNETS.{key}": value for key, value in values.items()}
 
 
-def which_resnet(shapes: Mapping[str, Shape]) -> ResNet:
+def infer_resnet(shapes: Mapping[str, Shape]) -> ResNetSpec:
     """The ResNet to which most of the tensors belong, though some may lack or be of other shapes.
 
     Raises:
@@ -126,13 +126,13 @@ def which_resnet(shapes: Mapping[str, Shape]) -> ResNet:
     stem = mode(stems or [64])
     res2 = mode(s[0] >> (stage - 2) for (stage, _, conv), s in layers.items() if conv == last_conv)
     if depth < 50:
-        return ResNet(depth, stem=stem, res2=res2, last_stage=last_stage)
+        return ResNetSpec(depth, stem=stem, res2=res2, last_stage=last_stage)
     groups, width = mode(
         (s[0] // max(s[1], 1), s[1] >> (stage - 2))
         for (stage, _, conv), s in layers.items()
         if conv == 2
     )
-    return ResNet(depth, groups, width, stem, res2, last_stage)
+    return ResNetSpec(depth, groups, width, stem, res2, last_stage)
 
 
 def _numbers(blocks: Iterable[int]) -> str:
@@ -168,7 +168,7 @@ _OTHERS = (
 )
 
 
-def which_other(names: Iterable[str]) -> str | None:
+def recognize_unsupported(names: Iterable[str]) -> str | None:
     """What a state dict with these names is, where it is known, and no ResNet of Detectron2's."""
     bare = [re.sub(r"^backbone\.(bottom_up\.)?", "", name) for name in names]
     for what, *patterns in _OTHERS:
