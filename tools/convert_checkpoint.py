@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--config-file", metavar="FILE", help="of a detector; config.yaml beside SRC is found"
     )
-    p.add_argument("--key", help="where in SRC the weights are, as state_dict_ema")
+    p.add_argument("--key", help="where in SRC the weights are: state_dict_ema, encoder_q, ...")
     return p
 
 

@@ -4,16 +4,17 @@ Layouts: "torchvision" (timm's plain ResNets have its names), and "detectron2" (
 """
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from refbn_d2.checkpoint.names import detectron2_to_torchvision, resnet_name
+from refbn_d2.checkpoint.prefixes import without_prefix
 from refbn_d2.checkpoint.resnets import (
     SCALARS,
     VECTORS,
@@ -21,6 +22,7 @@ from refbn_d2.checkpoint.resnets import (
     infer_resnet,
     recognize_unsupported,
 )
+from refbn_d2.checkpoint.tensors import check_weight, to_tensor
 from refbn_d2.layers.fold import affine
 from refbn_d2.utils.errors import CheckpointError, listing
 
@@ -64,8 +66,10 @@ class Contents:
     @property
     def classes(self) -> int | None:
         """Of a classifier."""
-        weights = (name for name, own in self.resnet_names.items() if own == "linear.weight")
-        return next((len(self.tensors[name]) for name in weights), None)
+        for name, own in self.resnet_names.items():
+            if own == "linear.weight" and self.tensors[name].ndim == 2:
+                return len(self.tensors[name])
+        return None
 
     @property
     def norms(self) -> dict[str, str]:
@@ -99,11 +103,15 @@ def norm_of(names: Iterable[str]) -> str:
     return next((norm for norm, sign in signs.items() if sign in tensors), "")
 
 
-def all_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+def all_tensors(checkpoint: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     """The weights of `load_checkpoint`'s dict, and a classifier that `pack` put beside them."""
     tensors, beside = dict(checkpoint["model"]), checkpoint.get("classifier")
-    if isinstance(beside, Mapping):
-        tensors |= {name: torch.as_tensor(value) for name, value in beside.items()}
+    for name, value in beside.items() if isinstance(beside, dict) else ():
+        if isinstance(name, str) and isinstance(value, np.ndarray):
+            value = to_tensor(source, name, value)
+        if isinstance(name, str) and isinstance(value, Tensor):
+            check_weight(source, name, value)
+            tensors[name] = value
     return tensors
 
 
@@ -117,10 +125,11 @@ def identify(checkpoint: Mapping[str, Any], source: str) -> Contents:
     Raises:
         CheckpointError: it is not a ResNet that Detectron2 can build, alone or in a detector.
     """
-    tensors = all_tensors(checkpoint)
-    other = recognize_unsupported(tensors)
-    if re.search("resnet(aa|blur)", str(checkpoint.get("arch"))):  # its tensors do not tell
-        other = other or "an anti-aliased ResNet"
+    tensors, arch = all_tensors(checkpoint, source), str(checkpoint.get("arch"))
+    other = recognize_unsupported(tensors, arch)
+    if other is None:
+        tensors = without_prefix(tensors, source)
+        other = recognize_unsupported(tensors)
     if other:
         raise CheckpointError(
             f"{source} is {other}. What can be converted are ResNets and ResNeXts of depth 18, 34, "
@@ -141,7 +150,7 @@ def identify(checkpoint: Mapping[str, Any], source: str) -> Contents:
     try:
         shapes = {own: tuple(tensors[name].shape) for name, own in resnet_names.items()}
         resnet = infer_resnet(shapes)
-    except ValueError as error:
+    except CheckpointError as error:
         raise CheckpointError(
             f"{source} holds no ResNet that Detectron2 can build: {error}. Its first tensors are "
             f"{listing(tensors, 5)}."
@@ -264,8 +273,8 @@ def change_norms(state: Mapping[str, Tensor], norm: str, source: str) -> dict[st
         astray = [n for n in batch_norms if "weight" not in layers.get(_convolution(n), {})]
         if astray:
             raise CheckpointError(
-                f"{source}: whose convolution {listing(astray, 5)} normalise is not told by their "
-                "names, so they cannot be folded. FrozenBN computes the same."
+                f"{source}: the names do not tell the convolution before {listing(astray, 5)}, so they "
+                "cannot be folded. FrozenBN computes the same."
             )
     for name, layer in batch_norms.items():
         if norm == "folded":

@@ -27,7 +27,7 @@ def describe(path: str | os.PathLike, key: str | None = None) -> str:
     """
     path = Path(path)
     checkpoint = load_checkpoint(path, key=key)
-    tensors = all_tensors(checkpoint)
+    tensors = all_tensors(checkpoint, str(path))
     parameters = [t.numel() for n, t in tensors.items() if not n.endswith(_STATISTICS)]
     rows = [
         ("format", f"{FORMATS[file_format(path)]}, {path.stat().st_size / 2**20:.1f} MiB"),
@@ -75,16 +75,27 @@ def _beside_the_weights(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, st
     known = ("model", "classifier", "refbn", "matching_heuristics", "__author__")
     others = {key: value for key, value in checkpoint.items() if key not in known}
     averages = [key for key in others if key in WRAPPERS]
-    yield "averages", listing(f"{key} (--key {key} takes them)" for key in averages)
+    yield (
+        "averages",
+        listing(
+            f"{key} (--key {key} takes them, or MODEL.WEIGHTS FILE?key={key})" for key in averages
+        ),
+    )
     state = [
-        f"{key} {value}" if isinstance(value, str | int | float) else str(key)
+        f"{key} {value!s:.80}" if isinstance(value, str | float) or _is_count(value) else str(key)
         for key, value in others.items()
+        if isinstance(key, str)
         if key not in averages
     ]
     yield "training", listing(state)
     if isinstance(refbn := checkpoint.get("refbn"), Mapping):
-        images, dataset = refbn.get("images", ()), refbn.get("dataset")
+        images, dataset = refbn.get("images"), refbn.get("dataset")
+        images = images if isinstance(images, list | tuple) else ()
         yield "reference", f"{len(images)} images of {dataset}, seed {refbn.get('seed')}"
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value.bit_length() < 64  # more digits may not print
 
 
 def _what_takes_it(contents: Contents, checkpoint: Mapping[str, Any], path: Path) -> Iterator[str]:

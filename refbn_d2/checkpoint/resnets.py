@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import mode
 
+from refbn_d2.utils.errors import CheckpointError
+
 # Blocks of res2..res5 by depth; bottlenecks from 50 on.
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 BLOCKS[152] = (3, 8, 36, 3)
@@ -89,7 +91,7 @@ def infer_resnet(shapes: Mapping[str, Shape]) -> ResNetSpec:
     """The ResNet to which most of the tensors belong, though some may lack or be of other shapes.
 
     Raises:
-        ValueError: it is none that Detectron2 can build.
+        CheckpointError: it is none that Detectron2 can build.
     """
     layers = {}  # (stage, block, convolution) -> shape
     for name, shape in shapes.items():
@@ -97,7 +99,7 @@ def infer_resnet(shapes: Mapping[str, Shape]) -> ResNetSpec:
         if match and len(shape) == 4:
             layers[tuple(map(int, match.groups()))] = shape
     if not layers:
-        raise ValueError("it has no block of one")
+        raise CheckpointError("it has no block of one")
     last_stage = max(stage for stage, _, _ in layers)
     blocks = tuple(
         max((block + 1 for at, block, _ in layers if at == stage), default=0)
@@ -108,7 +110,7 @@ def infer_resnet(shapes: Mapping[str, Shape]) -> ResNetSpec:
     fitting = (d for d, (b, c) in known.items() if b[: len(blocks)] == blocks and c == last_conv)
     depth = next(fitting, None)
     if depth is None:
-        raise ValueError(
+        raise CheckpointError(
             f"its stages have {_numbers(blocks)} blocks of {last_conv} convolutions; "
             + ", ".join(f"ResNet-{d} has {_numbers(b)} of {c}" for d, (b, c) in known.items())
         )
@@ -168,10 +170,16 @@ _OTHERS = (
 )
 
 
-def recognize_unsupported(names: Iterable[str]) -> str | None:
-    """What a state dict with these names is, where it is known, and no ResNet of Detectron2's."""
-    bare = [re.sub(r"^backbone\.(bottom_up\.)?", "", name) for name in names]
+def recognize_unsupported(names: Iterable[str], arch: str = "") -> str | None:
+    """Return what a state dict with these names is, if it is known and no ResNet of Detectron2's.
+
+    Args:
+        arch: the model's name, where the file tells it ("arch" of timm's checkpoints).
+    """
+    own_names = [re.sub(r"^backbone\.(bottom_up\.)?", "", name) for name in names]
     for what, *patterns in _OTHERS:
-        if all(any(re.match(pattern, name) for name in bare) for pattern in patterns):
+        if all(any(re.match(pattern, name) for name in own_names) for pattern in patterns):
             return what
+    if re.search("resnet(aa|blur)", arch):  # its tensors do not tell
+        return "an anti-aliased ResNet"
     return None

@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3, accuracy
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from refbn_d2.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from refbn_d2.checkpoint import load_checkpoint, load_source, load_weights, save_checkpoint
 from refbn_d2.config import ConfigError, refbn_options
 from refbn_d2.config.resume import FREE_IN_PRETRAINING
 from refbn_d2.pretrain.backbone import resnet_keys, write_backbone
@@ -104,7 +104,7 @@ class Trainer(TrainingLoop):
     def _load(self, checkpoint: dict | None, training: bool) -> None:
         """The weights of the model and of its moving average."""
         cfg, source = self.cfg, self.cfg.MODEL.WEIGHTS
-        weights = checkpoint or (load_checkpoint(source) if source else {})
+        weights = checkpoint or (load_source(source) if source else {})
         if weights:
             where = f"The run in {self.output_dir}" if checkpoint else source
             check_num_classes(self.model, weights["model"], where)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from refbn_d2.checkpoint.files import load_checkpoint
 from refbn_d2.checkpoint.loading import load_weights
+from refbn_d2.checkpoint.source import load_source
 from refbn_d2.config import ConfigError, refbn_options
 from refbn_d2.config.resume import FREE_IN_DETECTION
 from refbn_d2.engines.torchvision.data import (
@@ -86,8 +86,11 @@ class Trainer(TrainingLoop):
         if checkpoint:
             self.model.load_state_dict(checkpoint["model"])
         elif cfg.MODEL.WEIGHTS:
-            state = load_checkpoint(cfg.MODEL.WEIGHTS)["model"]
-            load_weights(self.model, state, cfg.MODEL.WEIGHTS, allow_partial_weights)
+            weights = load_source(cfg.MODEL.WEIGHTS)
+            load_weights(
+                self.model, weights["model"], cfg.MODEL.WEIGHTS, allow_partial_weights,
+                str(weights.get("arch")),
+            )  # fmt: skip
         elif not training:
             logger.warning("MODEL.WEIGHTS is empty: evaluating a model of random weights.")
         if not training and not self.test_data:
