@@ -273,8 +273,8 @@ def change_norms(state: Mapping[str, Tensor], norm: str, source: str) -> dict[st
         astray = [n for n in batch_norms if "weight" not in layers.get(_convolution(n), {})]
         if astray:
             raise CheckpointError(
-                f"{source}: the names do not tell the convolution before {listing(astray, 5)}, so they "
-                "cannot be folded. FrozenBN computes the same."
+                f"{source}: the names do not tell the convolution before {listing(astray, 5)}, so "
+                "they cannot be folded. FrozenBN computes the same."
             )
     for name, layer in batch_norms.items():
         if norm == "folded":

@@ -10,6 +10,7 @@ import math
 import pickle
 import re
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,8 @@ class _Sizes(pickle.Unpickler):
         }
 
     def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
+        module, name = NAME_MAPPING.get((module, name), (module, name))  # as torch reads them
+        full = f"{IMPORT_MAPPING.get(module, module)}.{name}"
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name.endswith(("Tensor", "Storage")):
             return Name(full)  # not to be called

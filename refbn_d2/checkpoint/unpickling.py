@@ -52,6 +52,9 @@ class Name:
     def __init__(self, name: str) -> None:
         self.name = name
 
+    def __call__(self, *args: Any) -> Any:
+        raise Refused(f"a call of {self.name}")
+
     def __setstate__(self, state: Any) -> None:
         raise Refused(f"changes {self.name}")
 
@@ -123,7 +126,9 @@ class _ArrayUnpickler(pickle.Unpickler):
             ("argparse", "Namespace"): Namespace,
             ("builtins", "set"): Function(self._set),
             ("__builtin__", "set"): Function(self._set),
-            ("_codecs", "encode"): Function(self._encode),  # bytes, in protocols below 3
+            ("_codecs", "encode"): Function(self._encode),  # bytes, in protocols below 3,
+            ("__builtin__", "bytes"): Function(bytes_of_nothing),  # and b""
+            ("builtins", "bytes"): Function(bytes_of_nothing),
         }
         for core in ("core", "_core"):  # numpy 1's and numpy 2's
             self._known |= {
@@ -185,6 +190,11 @@ class _ArrayUnpickler(pickle.Unpickler):
             raise Oversized(f"an array of {declared} bytes, of which it holds {len(data)}")
         self._take(len(data))
         return np.ndarray(shape, dtype.dtype, bytes(data), order=order).copy(order="K")
+
+
+def bytes_of_nothing() -> bytes:
+    """Return b"", as protocols below 3 write it; bytes(6_000_000_000) would take the memory."""
+    return b""
 
 
 def read_pickle(path: Path) -> Any:
