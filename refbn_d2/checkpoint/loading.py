@@ -148,9 +148,12 @@ def _check_architecture(
     theirs, ours = recognize_unsupported(state, arch), recognize_unsupported(target)
     if theirs is None or theirs == ours:
         return
+    if ours is None:
+        resnet = resnet_of(target)
+        ours = f"a {resnet}" if resnet else "something else"
     message = (
-        f"{source} is {theirs}, and the model {ours or resnet_of(target) or 'is not'}: it would "
-        "compute something else with these weights. Take a checkpoint of the model's own "
+        f"{source} is {theirs}, and the model is {ours}: it would compute something else with "
+        "these weights. Take a checkpoint of the model's own "
         f"architecture.\n  The file has: {listing(state, 5)}\n  The model has: {listing(target, 5)}"
     )
     if not allow_partial:
