@@ -269,11 +269,13 @@ def change_norms(state: Mapping[str, Tensor], norm: str, source: str) -> dict[st
         raise CheckpointError(
             f"{source} has no batch norms, but {norm_of(state) or 'none'}: it cannot get {norm}."
         )
+    for name, layer in batch_norms.items():
+        _check_batch_norm(source, name, layer, layers.get(_convolution(name), {}))
     if norm == "folded":
         astray = [n for n in batch_norms if "weight" not in layers.get(_convolution(n), {})]
         if astray:
             raise CheckpointError(
-                f"{source}: the names do not tell the convolution before {listing(astray, 5)}, so "
+                f"{source}: no name tells which convolutions {listing(astray, 5)} normalize, so "
                 "they cannot be folded. FrozenBN computes the same."
             )
     for name, layer in batch_norms.items():
@@ -284,6 +286,22 @@ def change_norms(state: Mapping[str, Tensor], norm: str, source: str) -> dict[st
         else:
             layers[name] = _as(layer, norm)
     return {name + last: tensor for name, layer in layers.items() for last, tensor in layer.items()}
+
+
+def _check_batch_norm(
+    source: str, name: str, layer: dict[str, Tensor], convolution: dict[str, Tensor]
+) -> None:
+    shape = layer["running_mean"].shape
+    wrong = [n for n in (*FROZEN, "ref_mean", "ref_var") if n in layer and layer[n].shape != shape]
+    wrong += [n for n in ("running_var",) if n not in layer]
+    weight = convolution.get("weight")
+    if weight is not None and (weight.ndim != 4 or weight.shape[:1] != shape):
+        wrong.append("the convolution before it")
+    if len(shape) != 1 or wrong:
+        raise CheckpointError(
+            f"{source}: {name.rstrip('.')} is no batch norm of {tuple(shape)} channels: "
+            f"{listing(wrong) or 'running_mean'} is missing or of another shape."
+        )
 
 
 def _convolution(norm: str) -> str:

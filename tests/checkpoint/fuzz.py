@@ -4,7 +4,8 @@
 
 A mutation is drawn by hypothesis: of the raw bytes, or of the pickle or header inside a file whose
 other parts stay sound, so that the reader gets past the first check. Reported are exceptions that
-are not ours, changed models, files that take over 20 s, and a process that grows by over 1 GiB.
+are not ours, changed models, files that take over 20 s, and a process that grows by over 1 GiB;
+the file stays in the folder for temporary files, as refbn_fuzz_failure.*.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import time
 import warnings
 import zipfile
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 import hypothesis
@@ -39,6 +41,7 @@ from refbn_d2.checkpoint.resnets import ResNetSpec
 from refbn_d2.utils.errors import CheckpointError
 
 SECONDS, GROWTH = 20, 2**30
+FAILURE = Path(tempfile.gettempdir(), "refbn_fuzz_failure")  # where the last bad file stays
 BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -78,10 +81,12 @@ def seeds() -> list[bytes]:
 
 
 SEEDS = seeds()
-NAMES = ["numpy\nndarray", "numpy\ndtype", "builtins\nset", "builtins\neval", "collections\nOrderedDict",
-         "numpy.core.multiarray\nscalar", "numpy.core.multiarray\n_reconstruct", "torch\nSize",
-         "torch._utils\n_rebuild_tensor_v2", "torch\nFloatTensor", "builtins\nbytearray",
-         "torch._utils\n_rebuild_parameter", "argparse\nNamespace", "_codecs\nencode"]  # fmt: skip
+NAMES = [
+    *("numpy\nndarray", "numpy\ndtype", "builtins\nset", "builtins\neval", "builtins\nbytearray"),
+    *("numpy.core.multiarray\nscalar", "numpy.core.multiarray\n_reconstruct"),
+    *("collections\nOrderedDict", "argparse\nNamespace", "_codecs\nencode", "torch\nSize"),
+    *("torch\nFloatTensor", "torch._utils\n_rebuild_tensor_v2", "torch._utils\n_rebuild_parameter"),
+]
 OPCODES = [code.code.encode("latin1") for code in pickletools.opcodes]
 PIECES = st.one_of(
     st.sampled_from(OPCODES),
@@ -152,9 +157,20 @@ def in_safetensors(draw: st.DrawFn, data: bytes) -> bytes:
     return struct.pack("<Q", length) + text + data[8 + struct.unpack("<Q", data[:8])[0] :]
 
 
+@dataclass(repr=False)
+class File:
+    """A mutated file; its bytes would fill the screen."""
+
+    suffix: str
+    content: bytes
+
+    def __repr__(self) -> str:
+        return f"<{len(self.content)} bytes, {self.suffix}>"
+
+
 @st.composite
-def files(draw: st.DrawFn) -> tuple[str, bytes]:
-    """(suffix, content) of a mutated file."""
+def files(draw: st.DrawFn) -> File:
+    """A mutated file, with the suffix by which it is read."""
     data = draw(st.sampled_from(SEEDS))
     is_header = data[8:9] == b"{"
     if data[:2] == b"PK" and draw(st.integers(0, 3)):
@@ -163,7 +179,7 @@ def files(draw: st.DrawFn) -> tuple[str, bytes]:
         content = in_safetensors(draw, data)
     else:
         content = edited(draw, data, instruction_starts(data))
-    return ".safetensors" if is_header else ".pkl", content
+    return File(".safetensors" if is_header else ".pkl", content)
 
 
 def check(folder: Path, suffix: str, content: bytes) -> bool:
@@ -231,9 +247,13 @@ def fuzz(examples: int, seed: int = 0) -> dict[str, int]:
             suppress_health_check=list(hypothesis.HealthCheck),
         )
         @hypothesis.given(files())
-        def run(file: tuple[str, bytes]) -> None:
+        def run(file: File) -> None:
             counts["files"] += 1
-            counts["read"] += check(Path(folder), *file)
+            try:
+                counts["read"] += check(Path(folder), file.suffix, file.content)
+            except BaseException:
+                FAILURE.with_suffix(file.suffix).write_bytes(file.content)
+                raise
 
         try:
             run()

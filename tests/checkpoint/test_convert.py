@@ -398,7 +398,6 @@ def test_nothing_is_said_of_what_is_whole(caplog):
         ({"blocks.0.attn.qkv.weight": torch.ones(3)}, r"a.pth is a ViT \(timm\)"),
         ({"encoder.0.weight": torch.ones(3)}, "a.pth holds no ResNet .* encoder.0.weight"),
         ({**small(), "stem.conv1.weight": torch.ones(3)}, "conv1.weight, stem.conv1.weight"),
-        ({f"backbone.{n}": t for n, t in small().items()}, "no ResNet .* backbone.conv1.weight"),
     ],
 )
 def test_what_is_no_resnet_is_an_error_that_says_what_it_is(state, text):
