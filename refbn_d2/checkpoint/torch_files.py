@@ -66,7 +66,9 @@ def read_torch(path: Path, map_location: str | torch.device) -> Any:
 
 def _check_sizes(path: Path) -> None:
     size = path.stat().st_size
-    if not zipfile.is_zipfile(path):
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"  # torch's own rule
+    if not is_zip:
         data, end = path.read_bytes(), 0
         for _ in range(_LEGACY_PICKLES):
             start, end = end, check_instructions(data, end)
@@ -81,7 +83,7 @@ def _check_sizes(path: Path) -> None:
         if unpacked > size:
             raise Oversized(f"an archive of {size} bytes that unpacks to {unpacked}")
         for record in archive.infolist():
-            if re.fullmatch(r"[^/]+/data\.pkl", record.filename):
+            if record.filename.lower().endswith("data.pkl"):  # torch finds DATA.PKL too
                 data = archive.read(record)
                 check_instructions(data)
                 _Sizes(data, size).load()

@@ -10,7 +10,7 @@ import math
 import pickle
 import pickletools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ import numpy as np
 from refbn_d2.utils.errors import CheckpointError
 
 _BYTE_ORDERS = ("<", ">", "=", "|")
+_MAX_DEPTH = 100  # of a tuple in tuples
+_MAX_SHARING = 10  # how often a tuple may have the same part, in parts by byte of the file
+_MUTATORS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
 
 
 class Refused(Exception):
@@ -59,13 +62,29 @@ class Name:
         raise Refused(f"changes {self.name}")
 
 
-class Namespace(dict):
+class Namespace(Mapping):
     """Stands in for argparse.Namespace, which training scripts save beside the weights."""
 
-    __slots__ = ()
+    __slots__ = ("_values",)
+
+    def __new__(cls) -> "Namespace":
+        self = super().__new__(cls)
+        self._values = {}
+        return self
 
     def __setstate__(self, state: Any) -> None:
-        self.update(state)
+        if type(state) is not dict:
+            raise Refused("a Namespace that is none")
+        self._values = state  # not copied: a pickle can do this a million times
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 class PlainDict(dict):
@@ -218,18 +237,56 @@ def read_pickle(path: Path) -> Any:
 def check_instructions(data: bytes, start: int = 0) -> int:
     """Return where the pickle that begins at `start` ends; none of it is run.
 
-    Python's unpickler takes memory for what an instruction declares, before it looks for it.
+    Python's unpickler takes memory for what an instruction declares, before it looks for it. And it
+    hashes tuples: one that is nested a million times crashes the process, and one of 60 bytes,
+    which has itself in it twice and again, is never done.
 
     Raises:
-        Oversized: an instruction declares more than the file holds.
-        ValueError: it is no pickle.
+        Oversized: an instruction declares more than the file holds, or a tuple is of that kind.
+        ValueError, IndexError, KeyError: it is no pickle.
     """
     file = io.BytesIO(data)
     file.seek(start)
+    stack: list[tuple[int, int] | None] = []  # depth and size of each object; None is a mark
+    memo: dict[int, tuple[int, int] | None] = {}
     for instruction, argument, _ in pickletools.genops(file):
-        if "PUT" in instruction.name and argument > len(data):  # a place in a table
-            raise Oversized(f"{instruction.name} {argument} in {len(data)} bytes")
+        name = instruction.name
+        if "PUT" in name and argument > len(data):  # a place in a table
+            raise Oversized(f"{name} {argument} in {len(data)} bytes")
+        if "PUT" in name or name == "MEMOIZE":
+            memo[len(memo) if argument is None else int(argument)] = stack[-1]
+        elif name.endswith("GET"):
+            stack.append(memo[int(argument)])
+        elif name in ("MARK", "DUP"):
+            stack.append(None if name == "MARK" else stack[-1])
+        else:
+            parts = _popped(stack, instruction)
+            if name.startswith("TUPLE") or name == "FROZENSET":
+                depth = 1 + max((part[0] for part in parts), default=0)
+                size = 1 + sum(part[1] for part in parts)
+                if depth > _MAX_DEPTH or size > _MAX_SHARING * len(data):
+                    raise Oversized(f"a tuple of {size} parts, {depth} deep")
+                stack.append((depth, size))
+            elif name in _MUTATORS:
+                stack.append(parts[0])
+            else:  # new, and not hashed by its content
+                stack += [(1, 1)] * len(instruction.stack_after)
     return file.tell()
+
+
+def _popped(stack: list, instruction: pickletools.OpcodeInfo) -> list[tuple[int, int]]:
+    """Take from `stack` what `instruction` takes, up to a mark if it asks for one."""
+    before, parts = instruction.stack_before, []
+    count = len(before)
+    if pickletools.markobject in before:
+        while (part := stack.pop()) is not None:
+            parts.append(part)
+        count = before.index(pickletools.markobject)
+    for _ in range(count):
+        if (part := stack.pop()) is None:
+            raise ValueError("a mark in the place of an object")
+        parts.append(part)
+    return parts[::-1]
 
 
 def _plain(value: Any, done: dict[int, Any]) -> Any:
@@ -245,6 +302,8 @@ def _plain(value: Any, done: dict[int, Any]) -> Any:
         return value.dtype
     if isinstance(value, Name | Function) or isinstance(value, type):
         raise Refused("a name that nothing is done with")
+    if isinstance(value, Namespace):
+        return _plain(value._values, done)
     if id(value) in done or not isinstance(value, dict | list | tuple):
         return done.get(id(value), value)
     if isinstance(value, tuple):

@@ -93,6 +93,25 @@ def test_a_zip_bomb_is_refused(tmp_path):
         load_checkpoint(path)
 
 
+def test_a_file_is_checked_as_what_torch_takes_it_for(tmp_path):
+    """An old file of torch with a sound archive at its end, which zipfile finds."""
+    sound = saved(tmp_path / "a.pth", {"w": torch.ones(2)}).read_bytes()
+    path = saved(tmp_path / "legacy.pth", {"w": torch.ones(1).expand(2**31)})
+    path.write_bytes(path.read_bytes() + sound)
+    assert zipfile.is_zipfile(path)
+    with pytest.raises(CheckpointError, match="legacy.pth declares more data"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["a/DATA.PKL", "a/Data.pkl"])
+def test_a_pickle_is_checked_under_every_name_by_which_torch_finds_it(tmp_path, name):
+    path = saved(tmp_path / "a.pth", {"w": torch.ones(1).expand(2**31)})
+    content = path.read_bytes().replace(b"a/data.pkl", name.encode())
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="a.pth declares more data"):
+        load_checkpoint(path)
+
+
 def test_records_in_one_place_are_refused(tmp_path):
     """The central directory names one piece of the file many times."""
     path = saved(tmp_path / "a.pth", {"w": torch.zeros(2**16)})

@@ -10,6 +10,7 @@ import pickle
 import re
 import struct
 import tracemalloc
+import zipfile
 import zlib
 
 import numpy as np
@@ -247,6 +248,29 @@ def test_what_is_in_a_file_once_cannot_fill_the_memory(tmp_path, how):
         calls = [Call(kind, items) for _ in range(200)]
     path = written(tmp_path / "a.pkl", {"model": calls}, 4)
     with pytest.raises(CheckpointError, match="a.pkl declares more .*used so often"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("suffix", ["pkl", "pth"])
+@pytest.mark.parametrize(
+    "key",
+    [b")" + b"\x85" * 1_000_000, b")" + b"2\x86" * 60, b")" + b"q\0h\0h\0\x87" * 60],
+    ids=["deep", "twice", "thrice"],
+)
+def test_a_key_cannot_crash_or_hang_the_process(tmp_path, suffix, key):
+    """Its hash would: of a million tuples in one another, or of 2 ** 60 in a hundred bytes."""
+    path = tmp_path / f"a.{suffix}"
+    content = b"\x80\x02}" + key + b"Ns."
+    if suffix == "pth":
+        torch.save({"w": torch.ones(2)}, path)
+        with zipfile.ZipFile(path) as archive:
+            records = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in records.items():
+                archive.writestr(name, content if name.endswith("data.pkl") else data)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"a.{suffix} declares more data .*a tuple of"):
         load_checkpoint(path)
 
 
