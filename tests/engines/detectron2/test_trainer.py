@@ -22,7 +22,7 @@ from refbn_d2.utils.errors import CheckpointError
 detectron2 = pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 pytestmark = pytest.mark.detectron2
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 THEIRS = Path(detectron2.__file__).parent.parent / "tools"
 
 
