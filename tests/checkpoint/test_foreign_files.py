@@ -3,6 +3,7 @@
 The oracle is the model that was saved: torchvision's or timm's own.
 """
 
+import argparse
 import logging
 import re
 
@@ -28,6 +29,17 @@ def resnet(seed=0, **changes):
 def assert_same(state, expected):
     for name, tensor in expected.items():
         assert torch.equal(state[name], tensor), name
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_argparses_options_beside_the_weights_are_read(tmp_path, legacy):
+    """timm's own training checkpoints have them."""
+    options = argparse.Namespace(lr=0.1, model="resnet18", sizes=[1, 2])
+    data = {"state_dict": resnet().state_dict(), "args": options, "arch": "resnet18"}
+    torch.save(data, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
+    loaded = load_checkpoint(tmp_path / "a.pth")
+    assert loaded["args"] == vars(options) and loaded["arch"] == "resnet18"
+    assert_same(loaded["model"], resnet().state_dict())
 
 
 def behind(prefix, state):

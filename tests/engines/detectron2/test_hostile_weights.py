@@ -9,7 +9,7 @@ import torch
 
 from refbn_d2.checkpoint.files import save_checkpoint
 from refbn_d2.utils.errors import CheckpointError
-from tests.engines.detectron2.test_trainer import load, randomized, small
+from tests.engines.detectron2.test_trainer_weights import load, randomized, small
 
 pytest.importorskip("detectron2")
 pytestmark = pytest.mark.detectron2
