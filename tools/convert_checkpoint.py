@@ -8,7 +8,7 @@ convert_checkpoint.py --inspect FILE
 import argparse
 import logging
 
-from refbn_d2.checkpoint.convert import NORMS
+from refbn_d2.checkpoint.convert import TARGET_NORMS
 from refbn_d2.checkpoint.inspection import describe
 from refbn_d2.export.convert_file import TARGETS, convert_file
 from refbn_d2.utils.arguments import run_or_exit
@@ -24,13 +24,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--to", choices=TARGETS, help="layout of the result; onnx, torchscript: of the backbone"
     )
-    p.add_argument("--norm", choices=NORMS, help="of the result, instead of SRC's")
+    p.add_argument("--norm", choices=TARGET_NORMS, help="of the result, instead of SRC's")
     p.add_argument("--verify", action="store_true", help="run SRC and DST on the same picture")
     p.add_argument("--allow-partial", action="store_true", help="leave out what has no counterpart")
     p.add_argument(
         "--config-file", metavar="FILE", help="of a detector; config.yaml beside SRC is found"
     )
-    p.add_argument("--key", help="where in SRC the weights are, as state_dict_ema")
+    p.add_argument("--key", help="where in SRC the weights are: state_dict_ema, encoder_q, ...")
     return p
 
 
