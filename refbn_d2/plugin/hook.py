@@ -3,12 +3,15 @@
 A loop without trainer (Detectron2's `tools/plain_train_net.py`)::
 
     reference = reference_batch(model, data_loader, refbn_options(cfg), cfg.DATASETS.TRAIN)
-    reference.begin()
-    for data, iteration in zip(data_loader, range(max_iter)):
-        reference.before_step(iteration)
-        losses = model(data); sum(losses.values()).backward()
-        reference.after_step()
-        optimizer.step()
+    with EventStorage(start_iter) as storage:
+        for iteration, data in zip(range(start_iter, max_iter), data_loader, strict=False):
+            with reference.step(iteration):
+                loss = sum(model(data).values())
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+            scheduler.step()
+            storage.step()
 """
 
 import functools
