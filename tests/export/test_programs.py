@@ -7,7 +7,7 @@ import torch
 
 from refbn_d2.checkpoint.convert import convert_state, identify
 from refbn_d2.export.programs import export
-from refbn_d2.export.programs import export as module
+from refbn_d2.export import programs as module
 from refbn_d2.utils.errors import CheckpointError
 
 

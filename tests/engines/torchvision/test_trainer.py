@@ -415,7 +415,7 @@ def test_another_architecture_is_refused_by_name(tiny_cfg, tmp_path):
     state |= {"layer1.0.se.fc1.weight": torch.ones(4, 64, 1, 1)}
     save_checkpoint({"state_dict": state}, tmp_path / "se.pth")
     with pytest.raises(
-        CheckpointError, match="se.pth is a ResNet with attention.*the model ResNet-18"
+        CheckpointError, match="se.pth is a ResNet with attention.*the model is a ResNet-18"
     ):
         run(tiny_cfg, "MODEL.WEIGHTS", str(tmp_path / "se.pth"))
     del state["layer1.0.se.fc1.weight"]
