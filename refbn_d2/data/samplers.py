@@ -9,6 +9,8 @@ from itertools import count, islice
 import numpy as np
 from torch.utils.data import Sampler
 
+from refbn_d2.utils.errors import DataError
+
 
 class GroupedBatchSampler(Sampler):
     """An endless stream of shuffled batches, each of images of one group.
@@ -73,6 +75,27 @@ class GroupedBatchSampler(Sampler):
             # the trailing 1 keeps this apart from the generators of augmentations
             rng = np.random.default_rng([self.seed, epoch, 1])
             yield from rng.permutation(len(self.groups)).repeat(self.repeats).tolist()
+
+
+def domains_of(dataset_dicts: Sequence[dict], field: str) -> list[Hashable]:
+    """Return each image's domain, for batches of one domain each.
+
+    Args:
+        dataset_dicts: with "domain", which was read from `field` of the json's images.
+
+    Raises:
+        DataError: an image has none, or one that is a list; names the image.
+    """
+    for d in dataset_dicts:
+        domain = d.get("domain")
+        if not isinstance(domain, str | int):
+            raise DataError(
+                "DATALOADER.BATCH_COMPOSITION = 'domain', and "
+                f"image {d.get('image_id')} ({d['file_name']}) has {field!r} = {domain!r} in its "
+                "json file; give every image a word or a whole number there, or name another field "
+                "in DATALOADER.DOMAIN_FIELD"
+            )
+    return [d["domain"] for d in dataset_dicts]
 
 
 def start_worker(worker: int) -> None:
