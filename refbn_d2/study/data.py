@@ -246,6 +246,18 @@ class ClassificationSets(Sets):
             labels += [f"@{domain}" for domain in self.test_domains]
         return {label: str((self.folder / _file(label)).resolve()) for label in labels}
 
+    def short(self, steps: int, batch: int) -> list:
+        """Overrides of a training of about `steps` steps; writes its sets."""
+        images, folders = self._images("train"), []
+        for name, number in (("short", steps * batch), ("short_test", 8 * images.num_classes)):
+            folder = self.folder / f"{name}_{number}"
+            _copy(images, stratified(images.labels, number), folder)
+            folders.append(str(folder.resolve()))
+        return [
+            "DATASETS.TRAIN", folders[0], "DATASETS.TEST", folders[1], "SOLVER.EPOCHS", 1,
+            "SOLVER.WARMUP_EPOCHS", 0.0, "TEST.VAL_INTERVAL", 0,
+        ]  # fmt: skip
+
     def test_images(self):
         """The pictures of the in-domain metrics."""
         data = self.study.data

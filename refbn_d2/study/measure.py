@@ -2,17 +2,31 @@
 
 import argparse
 import json
+import math
+import platform
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
+import torch
+import yaml
+
+from refbn_d2.study.bootstrap import bootstrap
+from refbn_d2.study.data import DetectionSets
 from refbn_d2.study.evaluation import evaluate_run
-from refbn_d2.study.plan import Only, Plan, parse_only
+from refbn_d2.study.fingerprint import code_hash
+from refbn_d2.study.plan import Plan, parse_only
+from refbn_d2.study.report import About, drawn, html, markdown
 from refbn_d2.study.results import Row, write_csv
 from refbn_d2.study.runner import Record, Runner, locked
 from refbn_d2.study.spec import Study, load_study
+from refbn_d2.study.timing import measure_timing
 from refbn_d2.utils.errors import ConfigError
+from refbn_d2.utils.file_io import write_text
+from refbn_d2.visualization.curves import compare_curves
 
 NAN = float("nan")
 
@@ -45,7 +59,8 @@ def measure(args: argparse.Namespace) -> None:
         plan.make_data(jobs)
         runner.run()
         failed = [r for r in runner.records.values() if r.status == "failed"]
-        write_results(plan, folder)
+        costs = {} if args.only else measure_timing(plan, runner.gpus)
+        write_results(plan, folder, costs)
     if failed:
         raise ChildProcessError(
             f"{len(failed)} of {len(jobs)} jobs failed, and the others are done: "
@@ -77,11 +92,8 @@ def check_study(study: Study, folder: Path) -> None:
     path.write_text(json.dumps({"study": study.name}))
 
 
-def command_of(study: Study, only: str) -> str:
-    """What to type for one run alone."""
-    return shlex.join(
-        ["python", "tools/measure_generalization.py", "--study", str(study.file), "--only", only]
-    )
+def _command(study: Study, *more: str) -> list[str]:
+    return ["python", "tools/measure_generalization.py", "--study", str(study.file), *more]
 
 
 def rows_of(plan: Plan) -> Iterable[Row]:
@@ -96,7 +108,7 @@ def rows_of(plan: Plan) -> Iterable[Row]:
         record.check()
         only = f"norm={job.norm},seed={job.seed},condition={job.condition}"
         common = (study.name, job.norm, job.seed, job.condition)
-        command = command_of(study, only)
+        command = shlex.join(_command(study, "--only", only))
         if record.status != "done":
             for metric in study.evaluate.metrics:
                 yield Row(*common, metric, NAN, 0, record.status, command)
@@ -108,10 +120,66 @@ def rows_of(plan: Plan) -> Iterable[Row]:
             yield Row(*common, metric, value, n, status, command)
 
 
-def write_results(plan: Plan, folder: Path) -> None:
-    rows = list(rows_of(plan))
+def write_results(plan: Plan, folder: Path, costs: Mapping[str, Mapping]) -> None:
+    """Write results.csv, results.json, results.md and report.html."""
+    study = plan.study
+    rows = [*rows_of(plan), *_cost_rows(study, costs)]
+    resampled = bootstrap(plan) if isinstance(plan.sets, DetectionSets) else []
+    about = About(
+        study.name, study.title, study.baseline, study.text, shlex.join(_command(study)),
+        {n.name: n.text for n in study.norms.values() if n.text},
+        {c.name: c.text for c in study.conditions.values() if c.text},
+    )  # fmt: skip
     write_csv(rows, folder / "results.csv")
-    print(f"{len(rows)} rows: {folder / 'results.csv'}", file=sys.stderr)
+    write_text(folder / "results.yaml", yaml.safe_dump(vars(about), sort_keys=False, width=100))
+    content = {
+        "study": study.name, "code": code_hash(), "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+        "rows": [asdict(row) for row in rows], "bootstrap": resampled,
+    }  # fmt: skip
+    write_text(folder / "results.json", json.dumps(_without_nan(content), indent=1))
+    write_text(folder / "results.md", markdown(rows, about, level=1))
+    write_text(folder / "report.html", html(rows, about, _curves(plan), resampled))
+    _say(f"{len(rows)} rows: {folder / 'results.csv'}; the report: {folder / 'report.html'}")
 
 
-__all__ = ["Only", "measure"]
+def _cost_rows(study: Study, costs: Mapping[str, Mapping]) -> Iterable[Row]:
+    command = shlex.join(_command(study))
+    for condition, norms in costs.items():
+        for norm, values in norms.items():
+            for metric, value in values.items():
+                yield Row(
+                    study.name, norm, None, condition, metric, value, study.timing.rounds, "done",
+                    command,
+                )  # fmt: skip
+
+
+def _curves(plan: Plan) -> dict[str, str]:
+    """condition -> the losses of the first seed that all norms have, as a data URL."""
+    pictures = {}
+    for condition in plan.study.conditions:
+        for seed in plan.study.seeds:
+            files = {
+                job.norm: job.folder / "metrics.json"
+                for job in plan.runs
+                if (job.condition, job.seed) == (condition, seed) and Record(job).status == "done"
+            }
+            if files:
+                title = f"Training loss, {condition}, seed {seed}"
+                metrics = {"total_loss": "Training loss"}
+                pictures[title] = drawn(partial(compare_curves, files, metrics))
+                break
+    return pictures
+
+
+def _without_nan(value):
+    """JSON has no nan: None."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

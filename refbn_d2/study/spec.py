@@ -31,6 +31,7 @@ class Norm:
     name: str
     overrides: Overrides
     pretrain: Overrides  # of the pretraining; norms with equal ones share it
+    text: str  # what it is, for the report
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Condition:
     norms: tuple[str, ...]  # those that are trained under it
     pretrained: bool  # False: from scratch
     hold_out: str | None  # a domain that the training set goes without
+    text: str  # for the report
 
 
 @dataclass(frozen=True)
@@ -219,11 +221,12 @@ class _Reader:
         norms = {}
         for name, section in self.named(value, "norms").items():
             where = f"norms.{name}"
-            section = self.section(section, where, ("overrides", "pretrain"))
+            section = self.section(section, where, ("overrides", "pretrain", "text"))
             norms[name] = Norm(
                 name,
                 self.overrides(section.get("overrides"), f"{where}.overrides"),
                 self.overrides(section.get("pretrain"), f"{where}.pretrain"),
+                str(section.get("text") or ""),
             )
         return norms
 
@@ -231,7 +234,7 @@ class _Reader:
         conditions = {}
         for name, section in self.named(value or {"default": None}, "conditions").items():
             where = f"conditions.{name}"
-            keys = ("overrides", "norms", "pretrained", "hold_out")
+            keys = ("overrides", "norms", "pretrained", "hold_out", "text")
             section = self.section(section, where, keys)
             chosen = [str(norm) for norm in section.get("norms") or norms]
             for norm in chosen:
@@ -243,6 +246,7 @@ class _Reader:
             conditions[name] = Condition(
                 name, self.overrides(section.get("overrides"), f"{where}.overrides"),
                 tuple(chosen), pretrained, None if hold_out is None else str(hold_out),
+                str(section.get("text") or ""),
             )  # fmt: skip
         return conditions
 
