@@ -3,10 +3,19 @@
 Importing it registers "RefBN" with Detectron2, where that is installed.
 """
 
+from refbn_d2.config import RefBNOptions
 from refbn_d2.env import register_if_installed
-from refbn_d2.layers import RefBatchNorm2d
+from refbn_d2.layers import RefBatchNorm2d, convert_from_refbn, convert_to_refbn, fold
+from refbn_d2.reference import ReferenceBatch
 
 __version__ = "0.1.0"
-__all__ = ["RefBatchNorm2d"]
+__all__ = [
+    "RefBNOptions",
+    "RefBatchNorm2d",
+    "ReferenceBatch",
+    "convert_from_refbn",
+    "convert_to_refbn",
+    "fold",
+]
 
 register_if_installed()

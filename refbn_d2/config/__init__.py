@@ -2,7 +2,12 @@
 
 from refbn_d2.config.cfg_node import CfgNode
 from refbn_d2.config.detectron2_defaults import add_detectron2_defaults
-from refbn_d2.config.refbn import RefBNOptions, add_refbn_config, refbn_options
+from refbn_d2.config.refbn import (
+    RefBNOptions,
+    add_refbn_config,
+    apply_options,
+    refbn_options,
+)
 from refbn_d2.utils.errors import ConfigError
 
 __all__ = [
@@ -10,6 +15,7 @@ __all__ = [
     "ConfigError",
     "RefBNOptions",
     "add_refbn_config",
+    "apply_options",
     "get_cfg",
     "refbn_options",
 ]
@@ -20,5 +26,4 @@ def get_cfg() -> CfgNode:
     cfg = CfgNode()
     add_detectron2_defaults(cfg)
     add_refbn_config(cfg)
-    cfg.leave_unset_keys_free()
     return cfg

@@ -20,25 +20,15 @@ class CfgNode(_CfgNode):
 
     Differences: all that is wrong in one file or list of overrides comes in one error, with
     the closest known key or the expected type; an integer is welcome where a float is expected;
-    a key whose default is None keeps taking a number or a word after it has been set; nothing
-    in a YAML file is ever executed.
+    nothing in a YAML file is ever executed.
     """
 
-    FREE = "__free__"  # full keys that take any type, since their default is None
     # What to do about a key that is not known, and about code.
     UNKNOWN_KEY = (
         "If it belongs to an architecture or project of Detectron2's that is not built here, "
         + OTHER_ENGINE
     )
     CODE = f"Write the value out, or {OTHER_ENGINE}"
-
-    def __init__(self, init_dict=None, key_list=None, new_allowed=False):
-        super().__init__(init_dict, key_list, new_allowed)
-        self.__dict__[CfgNode.FREE] = frozenset()
-
-    def leave_unset_keys_free(self) -> None:
-        """Lets every key that is None now take any type from here on."""
-        self.__dict__[CfgNode.FREE] = frozenset(k for k, v in leaves(self) if v is None)
 
     def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = False) -> None:
         """Merges a YAML file and its `_BASE_` files.
@@ -133,7 +123,7 @@ class CfgNode(_CfgNode):
             inner = ", ".join(f"{key}.{k}" for k in list(old)[:3])
             raise ConfigError(f"{key} = {raw!r}: {key} is a section; set its keys ({inner}, ...)")
         value = self._decode_cfg_value(raw)
-        if old is None or key in self.__dict__[CfgNode.FREE] or type(value) is type(old):
+        if old is None or type(value) is type(old):
             return value
         if isinstance(old, str) and isinstance(raw, str):
             return raw  # a name or path that happens to read as a number

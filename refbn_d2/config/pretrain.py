@@ -6,6 +6,7 @@ from typing import Any
 
 from refbn_d2.config.cfg_node import CfgNode, leaves
 from refbn_d2.config.refbn import add_refbn_model_config
+from refbn_d2.layers.peers import PEERS
 from refbn_d2.utils.errors import ConfigError
 
 
@@ -25,14 +26,13 @@ def get_pretrain_cfg() -> CfgNode:
     _add_model(cfg)
     _add_data(cfg)
     _add_solver(cfg)
-    cfg.leave_unset_keys_free()
     return cfg
 
 
 def _add_model(cfg: CfgNode) -> None:
     model = cfg.MODEL = PretrainCfgNode()
     model.NAME = "resnet50"  # of timm's models, one with BatchNorm
-    model.NORM = "RefBN"  # what stands in BatchNorm's place: "RefBN", "BN", "SyncBN" or "GN"
+    model.NORM = "RefBN"  # for BatchNorm: "RefBN", "BN", "SyncBN", "GN", "BRN", "CBN", "MABN"
     model.NUM_CLASSES = 0  # 0: as many as the data has; else it must have that many
     model.DROP_RATE = 0.0  # dropout before the classifier
     model.DROP_PATH_RATE = 0.0  # stochastic depth, rate of the last block
@@ -135,7 +135,7 @@ def _is_range(value: Any) -> bool:
 
 
 _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **_check(*_one_of("RefBN", "BN", "SyncBN", "GN"), "MODEL.NORM"),
+    **_check(*_one_of("RefBN", "BN", "SyncBN", "GN", *PEERS), "MODEL.NORM"),
     **_check(*_one_of("cuda", "cpu"), "MODEL.DEVICE"),
     **_check(*_one_of("horizontal", "none"), "INPUT.RANDOM_FLIP"),
     **_check(*_one_of("cosine", "multistep", "tanh", "constant"), "SOLVER.LR_SCHEDULER_NAME"),

@@ -20,7 +20,8 @@ from refbn_d2.config import CfgNode, get_cfg
 from refbn_d2.config.cfg_node import leaves
 from refbn_d2.data.shapes.drawing import draw_detection
 from refbn_d2.engines.torchvision.modeling import build_model
-from refbn_d2.engines.torchvision.modeling.backbone import build_backbone, get_norm
+from refbn_d2.engines.torchvision.modeling.backbone import build_backbone
+from refbn_d2.engines.torchvision.modeling.norms import norm_factory
 from refbn_d2.engines.torchvision.supported import check_supported
 from refbn_d2.layers import convert_to_refbn
 from refbn_d2.utils.errors import CheckpointError
@@ -141,14 +142,13 @@ def _resnet(contents: Contents, cfg: CfgNode | None) -> tuple[str, Outputs]:
             model = build_backbone(cfg)
         return f"{_whose(detectron2)} {what}", load(model, contents, state)(image[None])
 
+    norm = norm_factory(cfg.MODEL.RESNETS.NORM, cfg.MODEL.DEVICE)
     model = ResNet(
         Bottleneck if which.depth >= 50 else BasicBlock,
         BLOCKS[which.depth],
         groups=which.groups,
         width_per_group=which.width,
-        norm_layer=lambda channels: (
-            get_norm(cfg.MODEL.RESNETS.NORM, channels, cfg) or nn.Identity()
-        ),
+        norm_layer=lambda channels: norm(channels) or nn.Identity(),
     )
     model.fc = nn.Identity()
     load(model, contents, state)

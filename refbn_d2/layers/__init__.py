@@ -1,14 +1,24 @@
+"""RefBN as a layer, and models converted to it, from it, and folded. torch only."""
+
 from refbn_d2.layers.convert import convert_from_refbn, convert_to_refbn
 from refbn_d2.layers.fold import fold
 from refbn_d2.layers.functional import ref_batch_norm
-from refbn_d2.layers.ref_batch_norm import Moments, RefBatchNorm2d, refbn_layers
+from refbn_d2.layers.ref_batch_norm import (
+    Moments,
+    Recording,
+    RefBatchNorm2d,
+    has_refbn,
+    refbn_layers,
+)
 
 __all__ = [
     "Moments",
+    "Recording",
     "RefBatchNorm2d",
     "convert_from_refbn",
     "convert_to_refbn",
     "fold",
+    "has_refbn",
     "ref_batch_norm",
     "refbn_layers",
 ]

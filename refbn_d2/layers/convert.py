@@ -6,6 +6,7 @@ return needs nothing of this package.
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -16,9 +17,7 @@ logger = logging.getLogger(__name__)
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
-def convert_to_refbn(
-    model: nn.Module, reference_weight: float | str = 0.9, gradient: str = "batch"
-) -> nn.Module:
+def convert_to_refbn(model: nn.Module, **options) -> nn.Module:
     """Replace every BatchNorm2d, SyncBatchNorm and FrozenBatchNorm2d in `model` by RefBatchNorm2d.
 
     In place but for the root: use the return value. Parameters stay the same objects, so that an
@@ -28,13 +27,13 @@ def convert_to_refbn(
     own (timm's BatchNormAct2d).
 
     Args:
-        reference_weight, gradient: as `RefBatchNorm2d`'s.
+        options: `reference_weight`, `weighting` and `gradient` of `RefBatchNorm2d`.
 
     Raises:
-        ValueError: `reference_weight` or `gradient` is none of RefBatchNorm2d's.
+        ValueError: an option holds what RefBatchNorm2d does not take.
     """
 
-    def convert(norm: nn.Module) -> nn.Module | None:
+    def convert(norm: Any) -> nn.Module | None:
         if isinstance(norm, RefBatchNorm2d) or not is_norm(norm):
             return None
         mean, var = norm.running_mean, norm.running_var
@@ -44,10 +43,9 @@ def convert_to_refbn(
             norm.eps,
             momentum=0.1 if frozen else norm.momentum,
             affine=norm.weight is not None,
-            reference_weight=reference_weight,
-            gradient=gradient,
             device=mean.device,
             dtype=mean.dtype,
+            **options,
         )
         refbn.weight = nn.Parameter(norm.weight) if frozen else norm.weight
         refbn.bias = nn.Parameter(norm.bias) if frozen else norm.bias
@@ -83,6 +81,7 @@ def convert_from_refbn(
     """
 
     def convert(refbn: nn.Module) -> nn.Module | None:
+        new: Any
         if not isinstance(refbn, RefBatchNorm2d) or not is_norm(refbn):
             return None
         new = norm(refbn.num_features, eps=refbn.eps)
@@ -130,7 +129,7 @@ def is_norm(module: nn.Module) -> bool:
     )
 
 
-def _share_statistics(source: nn.Module, target: nn.Module) -> None:
+def _share_statistics(source: Any, target: Any) -> None:
     target.running_mean, target.running_var = source.running_mean, source.running_var
     if getattr(source, "num_batches_tracked", None) is not None:
         target.num_batches_tracked = source.num_batches_tracked

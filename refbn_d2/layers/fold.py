@@ -38,7 +38,7 @@ def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     children = [child for m in model.modules() for child in m._modules.values()]
     folded = set()
     for conv in model.modules():
-        norm = conv._modules.get("norm")
+        norm: Any = conv._modules.get("norm")
         if (
             isinstance(conv, Conv)
             and norm in names
@@ -55,9 +55,9 @@ def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
         else:
             calls = observe_calls(model, remaining, example_inputs)
         for norm in remaining:
-            conv = calls.only_before(norm)
-            if conv is not None and _is_foldable(conv, model):
-                _fuse(conv, norm)
+            before = calls.only_before(norm)
+            if before is not None and _is_foldable(before, model):
+                _fuse(before, norm)
                 folded.add(norm)
     model = replace_modules(model, lambda m: nn.Identity() if m in folded else None)
     left = [name for name, m in model.named_modules() if is_norm(m) or isinstance(m, BATCH_NORMS)]
@@ -99,7 +99,7 @@ def affine(
 
 
 @torch.no_grad()
-def _fuse(conv: Conv, norm: nn.Module) -> None:
+def _fuse(conv: Conv, norm: Any) -> None:
     scale, shift = affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
     bias = shift if conv.bias is None else shift + conv.bias.to(scale) * scale
     if isinstance(conv, nn.ConvTranspose2d):  # weight (in, out / groups, kH, kW)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 GRADIENTS = ("pooled", "batch", "reference")
+REFERENCE_WEIGHT, GRADIENT = 0.9, "batch"  # the defaults
 
 
 def mix_moments(
@@ -55,9 +56,9 @@ class _Normalize(torch.autograd.Function):
     """y = gamma (x - mean) / sqrt(var + eps) + beta, with `ref_batch_norm`'s gradients."""
 
     @staticmethod
-    def forward(ctx, x, gamma, beta, mean, var, batch_mean, batch_var, w, gradient, eps, ride):
+    def forward(ctx, x, gamma, beta, mean, var, batch_mean, batch_var, w, gradient, eps, appended):
         ctx.save_for_backward(x, gamma, mean, var, batch_mean, batch_var)
-        ctx.w, ctx.gradient, ctx.eps, ctx.ride = w, gradient, eps, ride
+        ctx.w, ctx.gradient, ctx.eps, ctx.appended = w, gradient, eps, appended
         return F.batch_norm(x, mean, var, gamma, beta, False, 0.0, eps)
 
     @staticmethod
@@ -89,11 +90,11 @@ class _Normalize(torch.autograd.Function):
             if dx is not None:
                 _add_scaled(dx, dy, w * scale)
         else:
-            # Every row's share in (mean, var), times n: (1-w), and w m n/n_s more for the riding
-            # ones, for mean and mean of squares alike; the rest of the row's scale dy stands alone.
+            # Every row's share in (mean, var), times n: (1-w), and w m n/n_s more for the appended
+            # rows, for mean and mean of squares alike; the rest of the row's scale dy is added.
             dx, dgamma, dbeta = batch_norm_backward(gamma, mean, r)
             if dx is not None:
-                rows, momentum = ctx.ride
+                rows, momentum = ctx.appended
                 groups = [(slice(0, len(x) - rows), 1 - w)]
                 if rows:
                     share = (1 - w) + w * momentum * (len(x) / rows)
@@ -114,13 +115,13 @@ def ref_batch_norm(
     ref_var: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    reference_weight: float | Tensor = 0.9,
-    gradient: str = "batch",
+    reference_weight: float | Tensor = REFERENCE_WEIGHT,
+    gradient: str = GRADIENT,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    ride: tuple[int, float] = (0, 0.0),
+    appended: tuple[int, float] = (0, 0.0),
 ) -> Tensor:
     """y = gamma (x - mu) / sqrt(var + eps) + beta, (mu, var) the mixture of reference and batch
 
@@ -151,8 +152,8 @@ def ref_batch_norm(
             counts with Bessel's correction n/(n-1); not touched where None.
         momentum: of that EMA.
         eps: added to the variance.
-        ride: (rows, slice momentum) with which rows of x have been averaged into the reference;
-            read by `gradient="reference"` alone.
+        appended: (rows, slice momentum): the last `rows` of x belong to the reference, and were
+            averaged into it with that momentum; only `gradient="reference"` reads it.
 
     Returns:
         (N, C, H, W) in x's dtype and memory format.
@@ -176,5 +177,5 @@ def ref_batch_norm(
     if weight is not None:  # a half-precision module still normalises in float32
         weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
     return _Normalize.apply(
-        x, weight, bias, mean, var, batch_mean, batch_var, w, gradient, eps, ride
+        x, weight, bias, mean, var, batch_mean, batch_var, w, gradient, eps, appended
     )

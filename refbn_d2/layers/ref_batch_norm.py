@@ -1,13 +1,13 @@
-"""RefBatchNorm2d: BatchNorm normalised by the moments of a fixed reference batch.
+"""RefBatchNorm2d: BatchNorm whose moments are mixed with those of a fixed reference batch.
 
 Luo, Li, Zuo, "Improved Batch Normalization Algorithm for Deep Learning", Computer Systems &
 Applications 2020, 29(4):187-194. `functional.py` holds the arithmetic, this file the state;
-`refbn_d2.reference` chooses the reference batch and runs it.
+`refbn_d2.reference` selects the reference batch and runs it.
 """
 
+import enum
 import functools
 import logging
-import numbers
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refbn_d2.layers.functional import GRADIENTS, batch_moments, mix_moments, ref_batch_norm
+from refbn_d2.layers.functional import (
+    GRADIENT,
+    GRADIENTS,
+    REFERENCE_WEIGHT,
+    batch_moments,
+    mix_moments,
+    ref_batch_norm,
+)
+
+WEIGHTINGS = ("fixed", "count")
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +34,25 @@ class Moments(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    count: int
+    count: int  # type: ignore[assignment]  # not tuple.count
+
+
+class Recording(enum.Enum):
+    """What a forward pass in training mode does with the reference.
+
+    Recorded moments are pooled by count over the calls of a pass. They enter the reference only
+    with `RefBatchNorm2d.commit`. Running statistics change with OFF and CONCAT only.
+    """
+
+    OFF = enum.auto()
+    """Normalize by the mixture; record nothing."""
+    CAPTURE = enum.auto()
+    """Normalize by the batch's own moments, and record them."""
+    SLICE = enum.auto()
+    """Normalize by the reference's moments, and record the batch's."""
+    CONCAT = enum.auto()
+    """Normalize by the mixture. The last `concat_rows` rows belong to the reference: record their
+    moments, and average them into the reference for this pass."""
 
 
 class RefBatchNorm2d(nn.BatchNorm2d):
@@ -37,33 +64,34 @@ class RefBatchNorm2d(nn.BatchNorm2d):
 
     State: BatchNorm2d's keys, and `ref_mean`, `ref_var` (C,), `ref_count` (int64, elements a
     channel in the reference; 0: no reference yet). A BatchNorm2d's state dict loads: the reference
-    then starts from the running statistics, and counts as a single element. This layer's loads
-    into BatchNorm2d with `strict=False`.
+    then starts from the running statistics, and counts as a single element. This layer's state
+    dict loads into BatchNorm2d with `strict=False`.
 
-    A layer without reference takes its first training batch as the reference, and says so in the
+    A layer without a reference takes its first training batch as the reference, and says so in the
     log. An empty batch (N = 0) passes through with zero gradients and touches no statistic.
-
-    What a forward pass in training mode does with the reference is set by `record`:
-        None        normalise by the mixture; the reference stays as it is.
-        "capture"   normalise by the batch's own moments and record them.
-        "slice"     normalise by the reference's moments and record the batch's.
-        "ride"      normalise by the mixture; the last `ride_rows` rows belong to the reference:
-                    their moments are recorded, and averaged into the reference for this pass.
-    Recorded moments are pooled by count over the calls of a pass, and enter the reference with
-    `commit`. Running statistics change with None and "ride" alone.
 
     Args:
         num_features: C of an (N, C, H, W) input.
         eps: added to the variance.
         momentum: of the running statistics' EMA; None: cumulative average.
         affine: learn gamma and beta.
-        reference_weight: w in [0, 1], or "count" for w = n_R / (n_R + n_B), n = N * H * W.
+        reference_weight: w in [0, 1], the reference's weight in the mixture.
         gradient: "pooled", "batch" or "reference", see `functional.ref_batch_norm`.
+        weighting: "fixed": w is `reference_weight`; "count": w = n_R / (n_R + n_B) with
+            n = N * H * W, which pools the reference and the batch.
 
     Raises:
-        ValueError: `reference_weight` or `gradient` is none of these; or, in a forward pass,
-            w = 0 and a single element a channel.
+        ValueError: `reference_weight`, `gradient` or `weighting` is none of these; or, in a forward
+            pass, w = 0 and a single element a channel.
     """
+
+    # buffers, always there
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    ref_mean: Tensor
+    ref_var: Tensor
+    ref_count: Tensor
 
     def __init__(
         self,
@@ -71,43 +99,49 @@ class RefBatchNorm2d(nn.BatchNorm2d):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
-        reference_weight: float | str = 0.9,
-        gradient: str = "batch",
+        reference_weight: float = REFERENCE_WEIGHT,
+        gradient: str = GRADIENT,
+        weighting: str = WEIGHTINGS[0],
         device=None,
         dtype=None,
     ) -> None:
-        number = isinstance(reference_weight, numbers.Real) and 0 <= reference_weight <= 1
-        if not number and reference_weight != "count":
-            raise ValueError(
-                f'reference_weight must be in [0, 1] or "count", not {reference_weight!r}'
-            )
+        if not (isinstance(reference_weight, int | float) and 0 <= reference_weight <= 1):
+            raise ValueError(f"reference_weight must be in [0, 1], not {reference_weight!r}")
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, not {gradient!r}")
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, not {weighting!r}")
         super().__init__(num_features, eps, momentum, affine, True, device, dtype)
         self.reference_weight = reference_weight
         self.gradient = gradient
+        self.weighting = weighting
         self.register_buffer("ref_mean", torch.zeros_like(self.running_mean))
         self.register_buffer("ref_var", torch.ones_like(self.running_var))
         self.register_buffer("ref_count", torch.zeros_like(self.num_batches_tracked))
         self._has_reference = False
-        self.stop_recording()
+        self.start_recording(Recording.OFF)
 
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"reference_weight={self.reference_weight}, gradient={self.gradient}"
+            f"reference_weight={self.reference_weight}, gradient={self.gradient}, "
+            f"weighting={self.weighting}"
         )
 
-    def record_pass(self, record: str, ride_rows: int = 0, slice_momentum: float = 0.0) -> None:
+    def start_recording(
+        self, recording: Recording, concat_rows: int = 0, slice_momentum: float = 0.0
+    ) -> None:
         """Set what the forward passes from here on record, and forget what was recorded."""
-        self.record = record
-        self.ride_rows = ride_rows
+        self.recording = recording
+        self.concat_rows = concat_rows
         self.slice_momentum = slice_momentum
-        self.recorded: Moments | None = None
+        self.recorded_moments: Moments | None = None
 
-    def stop_recording(self) -> None:
-        """Back to plain training passes."""
-        self.record_pass(None)
+    def stop_recording(self) -> Moments | None:
+        """Return to plain training passes; return what was recorded, None if nothing was."""
+        recorded = self.recorded_moments
+        self.start_recording(Recording.OFF)
+        return recorded
 
     @torch.no_grad()
     def commit(self, moments: Moments, momentum: float = 1.0) -> None:
@@ -127,7 +161,7 @@ class RefBatchNorm2d(nn.BatchNorm2d):
         self.ref_var.copy_(var)
 
     def has_reference(self) -> bool:
-        """Whether there are reference moments; reads the device once only."""
+        """Return whether there are reference moments; the device is read only once."""
         if not self._has_reference:
             self._has_reference = bool(self.ref_count > 0)
         return self._has_reference
@@ -138,12 +172,12 @@ class RefBatchNorm2d(nn.BatchNorm2d):
             return self._affine(x, self.running_mean, self.running_var)
         if x.numel() == 0:  # every parameter stays in the graph, with gradient zero
             return self._affine(x, self.running_mean, self.running_var)
-        if self.record == "capture" or (self.record == "slice" and not self.has_reference()):
-            mean, var, _ = self._record(x)
-            return self._affine(x, mean, var)
-        if self.record == "slice":
-            self._record(x)
+        if self.recording is Recording.SLICE and self.has_reference():
+            self._accumulate(x)
             return self._affine(x, self.ref_mean, self.ref_var)
+        if self.recording in (Recording.CAPTURE, Recording.SLICE):
+            mean, var, _ = self._accumulate(x)
+            return self._affine(x, mean, var)
         return self._normalize(x)
 
     def _affine(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
@@ -151,18 +185,17 @@ class RefBatchNorm2d(nn.BatchNorm2d):
 
     def _normalize(self, x: Tensor) -> Tensor:
         n = x.numel() // self.num_features
-        rides = self.record == "ride"
         if not self.has_reference():
-            _say_no_reference()
+            _warn_no_reference()
             self.commit(Moments(*batch_moments(x.detach()), n))
         ref_mean, ref_var = self.ref_mean, self.ref_var
-        if rides:
-            slice_ = self._record(x[len(x) - self.ride_rows :])
+        if self.recording is Recording.CONCAT:
+            part = self._accumulate(x[len(x) - self.concat_rows :])
             ref_mean, ref_var = mix_moments(
-                ref_mean, ref_var, slice_.mean, slice_.var, self.slice_momentum
+                ref_mean, ref_var, part.mean, part.var, self.slice_momentum
             )
-        w = self.reference_weight
-        if w == "count":
+        w: float | Tensor = self.reference_weight
+        if self.weighting == "count":
             w = self.ref_count / (self.ref_count + n)
         self.num_batches_tracked.add_(1)
         momentum = self.momentum
@@ -180,19 +213,19 @@ class RefBatchNorm2d(nn.BatchNorm2d):
             running_var=self.running_var,
             momentum=momentum,
             eps=self.eps,
-            ride=(self.ride_rows, self.slice_momentum) if rides else (0, 0.0),
+            appended=(self.concat_rows, self.slice_momentum),
         )
 
-    def _record(self, x: Tensor) -> Moments:
-        """The moments of x, which are also pooled into `recorded`."""
+    def _accumulate(self, x: Tensor) -> Moments:
+        """Return the moments of x, and pool them into `recorded_moments`."""
         moments = Moments(*batch_moments(x.detach()), x.numel() // self.num_features)
-        if self.recorded is None:
-            self.recorded = moments
+        if self.recorded_moments is None:
+            self.recorded_moments = moments
         else:
-            mean, var, count = self.recorded
+            mean, var, count = self.recorded_moments
             total = count + moments.count
             pooled = mix_moments(mean, var, moments.mean, moments.var, moments.count / total)
-            self.recorded = Moments(*pooled, total)
+            self.recorded_moments = Moments(*pooled, total)
         return moments
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
@@ -205,15 +238,20 @@ class RefBatchNorm2d(nn.BatchNorm2d):
 
 
 @functools.cache
-def _say_no_reference() -> None:
+def _warn_no_reference() -> None:
     logger.warning(
-        "A RefBatchNorm2d without reference takes its first training batch as the reference. "
-        "Capture a reference batch before training to choose it (refbn_d2.reference)."
+        "A RefBatchNorm2d without a reference takes its first training batch as the reference. "
+        "Capture a reference batch before training to choose it (refbn_d2.ReferenceBatch)."
     )
 
 
 def refbn_layers(model: nn.Module) -> Iterator[tuple[str, RefBatchNorm2d]]:
-    """(name, layer) of every RefBatchNorm2d in `model`, each layer once."""
+    """Yield (name, layer) of every RefBatchNorm2d in `model`, each layer once."""
     for name, module in model.named_modules():
         if isinstance(module, RefBatchNorm2d):
             yield name, module
+
+
+def has_refbn(model: nn.Module) -> bool:
+    """Return whether `model` holds a RefBatchNorm2d."""
+    return any(isinstance(module, RefBatchNorm2d) for module in model.modules())

@@ -27,8 +27,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from refbn_d2.config import RefBNOptions, refbn_options
-from refbn_d2.layers import refbn_layers
+from refbn_d2.config import RefBNOptions, apply_options, refbn_options
 from refbn_d2.reference.batch import ReferenceBatch
 from refbn_d2.reference.detection import image_rows
 from refbn_d2.reference.selection import is_landscape, select_reference
@@ -50,7 +49,7 @@ class ReferenceBatchHook(HookBase):
 
     Args:
         options: by default those of the trainer's `cfg`; without a `cfg`, the defaults, and each
-            layer's own reference_weight and gradient (as where `options` has None).
+            layer's own reference_weight, weighting and gradient (as where `options` has None).
         dataset: dataset dicts to choose from, with "file_name"; by default those of the trainer's
             data loader, which then must be one of build_detection_train_loader's.
         mapper: dataset dict -> sample; by default the data loader's.
@@ -130,15 +129,6 @@ def _log_as_detectron2() -> None:
         for handler in logging.getLogger("detectron2").handlers:
             ours.addHandler(handler)
         ours.setLevel(logging.INFO)
-
-
-def apply_options(model: nn.Module, options: RefBNOptions) -> None:
-    """Give every RefBN layer of `model` the options' reference weight and gradient."""
-    for _, layer in refbn_layers(model):
-        if options.reference_weight is not None:
-            layer.reference_weight = options.reference_weight
-        if options.gradient is not None:
-            layer.gradient = options.gradient
 
 
 def reference_batch(
@@ -228,9 +218,15 @@ def _reference_batch(
         with EventStorage(1), autocast():
             model(samples)
 
-    backbone = getattr(model, "backbone", None)
-    rows = image_rows(model) if hasattr(model, "pixel_mean") else None
-    return ReferenceBatch(model, samples, forward, options, identity, backbone, rows)
+    return ReferenceBatch(
+        model,
+        samples,
+        options,
+        forward=forward,
+        identity=identity,
+        concat_to=getattr(model, "backbone", None),
+        rows=image_rows(model) if hasattr(model, "pixel_mean") else None,
+    )
 
 
 def _sample(images: _Images, index: int) -> dict:

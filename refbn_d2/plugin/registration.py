@@ -2,9 +2,10 @@
 
 `register` does all of it, and `unregister` undoes it:
 
-    get_norm                    knows "RefBN", for whoever imported it, before or after
-    RetinaNetHead               gives RefBN one layer a pyramid level, as it gives BN
-    build_model                 reads MODEL.REFBN into the layers, and registers DATASETS.REGISTER
+    get_norm                    knows "RefBN" and its peers, for whoever imported it, at any time
+    RetinaNetHead               gives them one layer a pyramid level, as it gives BN
+    build_model                 reads MODEL.REFBN into the layers, links CBN and MABN to their
+                                convolutions, and registers DATASETS.REGISTER
     config defaults             hold MODEL.REFBN and DATASETS.REGISTER
     TrainerBase.register_hooks  adds a `ReferenceBatchHook` where the model has RefBN
     DatasetCatalog              knows `shapes_train` and its siblings
@@ -22,9 +23,10 @@ from pathlib import Path
 import detectron2
 from torch import nn
 
-from refbn_d2.config import add_refbn_config, refbn_options
+from refbn_d2.config import add_refbn_config, apply_options, refbn_options
 from refbn_d2.data import catalog
-from refbn_d2.layers import RefBatchNorm2d, refbn_layers
+from refbn_d2.layers import RefBatchNorm2d, has_refbn
+from refbn_d2.layers.peers import PEERS, prepare_peers
 from refbn_d2.plugin.patching import originals, replace_attribute, replace_code
 
 # From the file: while an environment module runs, the package does not have it yet.
@@ -42,11 +44,11 @@ try:
     from detectron2.modeling.meta_arch import build
     from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 
-    from refbn_d2.plugin.hook import ReferenceBatchHook, apply_options
+    from refbn_d2.plugin.hook import ReferenceBatchHook
 except ImportError as error:
     raise ImportError(f"{_VERSION} lacks what RefBN needs: {error}. {_WAY_OUT}") from error
 
-NORM = "RefBN"
+NORMS: dict[str, type[nn.BatchNorm2d]] = {"RefBN": RefBatchNorm2d, **PEERS}  # by their names
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +114,8 @@ def _check() -> None:
         arguments(batch_norm.get_norm) == ["norm", "out_channels"],
         "detectron2.layers.get_norm to be a function get_norm(norm, out_channels)",
     )
-    expect(made(NORM) is None, f"detectron2.layers.get_norm to have no norm {NORM!r} of its own")
+    for norm in NORMS:
+        expect(made(norm) is None, f"detectron2.layers.get_norm to have no {norm!r} of its own")
     expect(
         isinstance(made("BN"), nn.BatchNorm2d),
         'detectron2.layers.get_norm("BN", channels) to be a BatchNorm2d',
@@ -144,8 +147,8 @@ def _get_norm(norm, out_channels):
 
 def norm_layer(norm, out_channels: int) -> nn.Module | None:
     """What `detectron2.layers.get_norm` returns while RefBN is registered."""
-    if isinstance(norm, str) and norm == NORM:
-        return RefBatchNorm2d(out_channels)
+    if isinstance(norm, str) and norm in NORMS:
+        return NORMS[norm](out_channels)
     return originals["get_norm"](norm, out_channels)
 
 
@@ -165,20 +168,22 @@ def model_of(cfg) -> nn.Module:
     register_datasets(cfg)
     model = originals["build_model"](cfg)
     apply_options(model, options)
+    prepare_peers(model, cfg.SOLVER.MAX_ITER)
     return model
 
 
 def _one_layer_a_level(init: Callable) -> Callable:
-    """RetinaNetHead's constructor: RefBN, as BN, gets moments of its own for each pyramid level."""
+    """RetinaNetHead's constructor: our norms, as BN, get moments of their own for each level."""
 
     @configurable
     @functools.wraps(init)
     def __init__(self, *, input_shape, norm="", **kwargs):
-        if norm == NORM:
+        if isinstance(norm, str) and norm in NORMS:
+            layer = NORMS[norm]
             levels = len(input_shape)
 
             def norm(channels: int) -> nn.Module:
-                return CycleBatchNormList(levels, RefBatchNorm2d, num_features=channels)
+                return CycleBatchNormList(levels, layer, num_features=channels)
 
         init(self, input_shape=input_shape, norm=norm, **kwargs)
 
@@ -209,7 +214,7 @@ def _lacks_reference_hook(trainer: TrainerBase) -> bool:
     return (
         model is not None
         and hasattr(trainer, "data_loader")
-        and any(True for _ in refbn_layers(model))
+        and has_refbn(model)
         and not any(isinstance(hook, ReferenceBatchHook) for hook in trainer._hooks)
     )
 

@@ -8,9 +8,10 @@ import torch
 from timm.layers import BatchNormAct2d, GroupNormAct, convert_sync_batchnorm
 from torch import Tensor, nn
 
-from refbn_d2.config import ConfigError, refbn_options
+from refbn_d2.config import ConfigError, apply_options, refbn_options
 from refbn_d2.layers import RefBatchNorm2d, convert_to_refbn
 from refbn_d2.layers.convert import replace_modules
+from refbn_d2.layers.peers import PEERS
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,12 @@ def build_model(cfg, num_classes: int) -> nn.Module:
             "use a model with BatchNorm, as resnet50"
         )
     if norm == "RefBN":
-        return _with_refbn(model, refbn_options(cfg))
+        options = refbn_options(cfg)
+        model = convert_to_refbn(replace_modules(model, _ref_batch_norm_act))
+        apply_options(model, options)
+        return model
+    if norm in PEERS:
+        return replace_modules(model, lambda m: _peer(m, norm))
     if norm == "GN":
         return replace_modules(model, _group_norm)
     if norm == "SyncBN":
@@ -66,20 +72,26 @@ def build_model(cfg, num_classes: int) -> nn.Module:
     return model
 
 
-def _with_refbn(model: nn.Module, options) -> nn.Module:
-    def convert(norm: nn.Module) -> nn.Module | None:
-        if not isinstance(norm, BatchNormAct2d):
-            return None
-        refbn = RefBatchNormAct2d(
-            norm.num_features, norm.eps, norm.momentum, norm.affine, options.reference_weight,
-            options.gradient,
-        )  # fmt: skip
-        refbn.weight, refbn.bias = norm.weight, norm.bias  # as initialised
-        refbn.drop, refbn.act = norm.drop, norm.act
-        return refbn
+def _ref_batch_norm_act(norm: nn.Module) -> nn.Module | None:
+    if not isinstance(norm, BatchNormAct2d):
+        return None
+    new = RefBatchNormAct2d(norm.num_features, norm.eps, norm.momentum, norm.affine)
+    new.weight, new.bias = norm.weight, norm.bias  # as initialised
+    new.drop, new.act = norm.drop, norm.act
+    return new
 
-    model = replace_modules(model, convert)
-    return convert_to_refbn(model, options.reference_weight, options.gradient)
+
+def _peer(norm: nn.Module, name: str) -> nn.Module | None:
+    if not isinstance(norm, nn.BatchNorm2d):
+        return None
+    if isinstance(norm, BatchNormAct2d):
+        raise ConfigError(
+            f"MODEL.NORM = {name!r} is not for models whose norms hold the activation "
+            "(BatchNormAct2d); use RefBN, BN or GN, or a plain ResNet"
+        )
+    new = PEERS[name](norm.num_features, norm.eps, affine=norm.affine)
+    new.weight, new.bias = norm.weight, norm.bias  # as initialized: zero at a block's end
+    return new
 
 
 def _group_norm(norm: nn.Module) -> nn.Module | None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from refbn_d2.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from refbn_d2.config import ConfigError, refbn_options
 from refbn_d2.config.resume import FREE_IN_PRETRAINING
+from refbn_d2.layers.peers import prepare_peers
 from refbn_d2.pretrain.backbone import resnet_keys, write_backbone
 from refbn_d2.pretrain.data.datasets import ImageSet, load_images
 from refbn_d2.pretrain.data.loaders import (
@@ -126,6 +127,7 @@ class Trainer(TrainingLoop):
         self.max_iter = solver.EPOCHS * self.epoch_iters
         self.eval_period = cfg.TEST.VAL_INTERVAL * self.epoch_iters
         self.checkpoint_period = solver.CHECKPOINT_PERIOD
+        prepare_peers(self.model, self.max_iter)
         self._prepare_loss()
         if resnet_keys(self.model) is None:
             logger.warning(
@@ -222,7 +224,13 @@ class Trainer(TrainingLoop):
                 self.model(rows(chosen))
 
         reference = ReferenceBatch(
-            self.model, tensors, forward, options, identity, self.model, rows
+            self.model,
+            tensors,
+            options,
+            forward=forward,
+            identity=identity,
+            concat_to=self.model,
+            rows=rows,
         )
         if state:
             reference.load_state_dict(state)
@@ -264,7 +272,7 @@ class Trainer(TrainingLoop):
                     logits = self.wrapped(x)
                     loss = self.loss(logits.float(), y) / parts
                 self.scaler.scale(loss).backward()
-            if self.reference and part == 0:  # a slice rides on the first part
+            if self.reference and part == 0:  # a slice goes with the first part
                 self.reference.after_step()
             total += loss.detach()
             outputs.append(logits.detach())

@@ -5,11 +5,14 @@ import json
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from refbn_d2.config import RefBNOptions
 
@@ -55,6 +58,33 @@ def identity_of(dataset: str, dataset_dicts: Sequence[dict], seed: int) -> dict:
     """
     images = [{**_name(d), "fingerprint": _fingerprint(d)} for d in dataset_dicts]
     return {"dataset": dataset, "seed": seed, "images": images}
+
+
+def identity_of_samples(samples: Sequence) -> dict:
+    """Return the identity of a reference that has no files: a fingerprint of each sample.
+
+    Tensors and plain values count, in dicts, tuples and lists of any depth.
+    """
+    images = [
+        {"image_id": index, "fingerprint": _digest(_bytes_of(sample))}
+        for index, sample in enumerate(samples)
+    ]
+    return {"dataset": "the images given", "seed": 0, "images": images}
+
+
+def _bytes_of(value: Any) -> bytes:
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return f"{value.dtype}{tuple(value.shape)}".encode() + content
+    if isinstance(value, Mapping):
+        return b"".join(f"{key}=".encode() + _bytes_of(inner) for key, inner in value.items())
+    if isinstance(value, tuple | list):
+        return b"".join(map(_bytes_of, value))
+    return repr(value).encode()
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def _name(dataset_dict: dict) -> dict:
@@ -130,7 +160,5 @@ def select_reference(
 
 def _fingerprint(dataset_dict: dict) -> str:
     read = dataset_dict.get("read") or Path(dataset_dict["file_name"]).read_bytes
-    digest = hashlib.sha256(read())
     annotations = dataset_dict.get("annotations", dataset_dict.get("label"))
-    digest.update(json.dumps(annotations, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
+    return _digest(read(), json.dumps(annotations, sort_keys=True, default=str).encode())

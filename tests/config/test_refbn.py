@@ -9,9 +9,10 @@ from refbn_d2.config import RefBNOptions, add_refbn_config, get_cfg, refbn_optio
 
 DEFAULTS = {
     "reference_weight": 0.9,
+    "weighting": "fixed",
     "gradient": "batch",
     "reference": "dataset",
-    "refresh": "ride",
+    "refresh": "concat",
     "refresh_period": 4,
     "slice_size": 8,
     "slice_momentum": 0.25,
@@ -44,13 +45,14 @@ def test_defaults_with_and_without_the_node():
 
 def test_values_are_read():
     got = options(
-        *("MODEL.REFBN.REFERENCE_WEIGHT", "count", "MODEL.REFBN.GRADIENT", "pooled"),
+        *("MODEL.REFBN.REFERENCE_WEIGHT", 0.5, "MODEL.REFBN.WEIGHTING", "count"),
+        *("MODEL.REFBN.GRADIENT", "pooled"),
         *("MODEL.REFBN.REFERENCE", "checkpoint"),
         *("MODEL.REFBN.REFRESH", "slice", "MODEL.REFBN.REFRESH_PERIOD", 2),
         *("MODEL.REFBN.SLICE_SIZE", 16, "MODEL.REFBN.SLICE_MOMENTUM", 1),
         *("MODEL.REFBN.NUM_IMAGES", 16, "MODEL.REFBN.SEED", 5),
     )
-    assert got == RefBNOptions("count", "pooled", "checkpoint", "slice", 2, 16, 1.0, 16, 5)
+    assert got == RefBNOptions(0.5, "count", "pooled", "checkpoint", "slice", 2, 16, 1.0, 16, 5)
     with pytest.raises(dataclasses.FrozenInstanceError):
         got.seed = 1
 
@@ -66,12 +68,10 @@ def test_the_whole_range_of_weights(weight):
         ("REFERENCE_WEIGHT", -0.1, "[0, 1]"),
         ("REFERENCE_WEIGHT", 1.1, "[0, 1]"),
         ("REFERENCE_WEIGHT", float("nan"), "[0, 1]"),
-        ("REFERENCE_WEIGHT", "all", "'count'"),
-        ("REFERENCE_WEIGHT", True, "[0, 1]"),
-        ("REFERENCE_WEIGHT", (0.9,), "[0, 1]"),
+        ("WEIGHTING", "all", "'fixed' or 'count'"),
         ("GRADIENT", "exact", "'pooled' or 'batch' or 'reference'"),
         ("REFERENCE", "coco", "'dataset' or 'checkpoint'"),
-        ("REFRESH", "never", "'static' or 'full' or 'slice' or 'ride'"),
+        ("REFRESH", "never", "'static' or 'full' or 'slice' or 'concat'"),
         ("REFRESH_PERIOD", 0, "1 or more"),
         ("SLICE_SIZE", 0, "1 or more"),
         ("SLICE_SIZE", 33, "NUM_IMAGES = 32"),
@@ -90,7 +90,7 @@ def test_a_wrong_value_is_named(key, value, allowed):
 
 @pytest.mark.parametrize("refresh", ["static", "full", "slice"])
 def test_the_gradient_through_the_reference_needs_it_in_the_batch(refresh):
-    with pytest.raises(ValueError, match=f"GRADIENT = 'reference'.*'ride'.*'{refresh}'"):
+    with pytest.raises(ValueError, match=f"GRADIENT = 'reference'.*'concat'.*'{refresh}'"):
         options("MODEL.REFBN.GRADIENT", "reference", "MODEL.REFBN.REFRESH", refresh)
     assert options("MODEL.REFBN.GRADIENT", "reference").gradient == "reference"
 
@@ -98,3 +98,9 @@ def test_the_gradient_through_the_reference_needs_it_in_the_batch(refresh):
 def test_a_slice_may_exceed_the_reference_where_there_are_no_slices():
     got = options("MODEL.REFBN.NUM_IMAGES", 4, "MODEL.REFBN.REFRESH", "full")
     assert (got.num_images, got.slice_size) == (4, 8)
+
+
+@pytest.mark.parametrize("weight", [True, (0.9,), "count", None])
+def test_a_weight_is_a_plain_number(weight):
+    with pytest.raises(ValueError, match=r"MODEL\.REFBN\.REFERENCE_WEIGHT = .*float"):
+        options("MODEL.REFBN.REFERENCE_WEIGHT", weight)

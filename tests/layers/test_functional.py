@@ -73,7 +73,7 @@ def test_output_and_gradients_are_those_of_the_equations(
         blended = mix_moments(ref_mean, ref_var, *moments(x[-rows:]), momentum)
     ours = gradients(
         lambda x, g, b: ref_batch_norm(
-            x, *blended, g, b, w, gradient, eps=EPS, ride=(rows, momentum)
+            x, *blended, g, b, w, gradient, eps=EPS, appended=(rows, momentum)
         ),
         x, data["gamma"], data["beta"], data["dy"],
     )  # fmt: skip
@@ -98,12 +98,19 @@ def test_gradcheck_of_the_exact_gradient(data, w):
 
 
 def test_gradcheck_of_virtual_batch_norm(data):
-    """The whole reference rides, w = momentum = 1: the derivative goes through it too."""
+    """The whole reference is appended, w = momentum = 1: the derivative goes through it too."""
     x = data["x"].clone().requires_grad_()
 
     def vbn(x):
         return ref_batch_norm(
-            x, *batch_moments(x[-4:].detach()), None, None, 1.0, "reference", eps=EPS, ride=(4, 1.0)
+            x,
+            *batch_moments(x[-4:].detach()),
+            None,
+            None,
+            1.0,
+            "reference",
+            eps=EPS,
+            appended=(4, 1.0),
         )
 
     assert torch.autograd.gradcheck(vbn, (x,))

@@ -12,9 +12,9 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
-from refbn_d2.layers import Moments, RefBatchNorm2d, refbn_layers
+from refbn_d2.layers import Moments, Recording, RefBatchNorm2d, refbn_layers
 from refbn_d2.layers.functional import GRADIENTS
-from refbn_d2.layers.ref_batch_norm import _say_no_reference
+from refbn_d2.layers.ref_batch_norm import _warn_no_reference
 
 C = 6
 
@@ -25,10 +25,10 @@ def batch(seed, n=4, scale=1.0, shift=0.0):
 
 def with_reference(layer, x=None):
     x = batch(99, 8, 2.0, 1.0) if x is None else x
-    layer.record_pass("capture")
+    layer.start_recording(Recording.CAPTURE)
     with torch.no_grad():
         layer(x)
-    layer.commit(layer.recorded)
+    layer.commit(layer.recorded_moments)
     layer.stop_recording()
     return layer
 
@@ -73,29 +73,31 @@ def test_w_1_is_normalisation_by_fixed_statistics():
 
 def test_count_is_batch_norm_over_the_concatenation():
     reference, x = batch(1, 8, 3.0, 2.0), batch(2)
-    layer = with_reference(RefBatchNorm2d(C, reference_weight="count"), reference)
+    layer = with_reference(RefBatchNorm2d(C, weighting="count"), reference)
     both = F.batch_norm(torch.cat([reference, x]), None, None, training=True)
     torch.testing.assert_close(layer(x), both[8:], rtol=1e-5, atol=1e-5)
 
 
-def test_reference_weight_and_gradient_are_checked():
+def test_reference_weight_gradient_and_weighting_are_checked():
     for bad in (-0.1, 1.5, "all", None):
         with pytest.raises(ValueError, match="reference_weight"):
             RefBatchNorm2d(C, reference_weight=bad)
     with pytest.raises(ValueError, match="gradient must be one of"):
         RefBatchNorm2d(C, gradient="exact")
+    with pytest.raises(ValueError, match="weighting must be one of fixed, count"):
+        RefBatchNorm2d(C, weighting="pooled")
 
 
 def test_capture_pools_several_calls_and_touches_nothing_else():
     layer = RefBatchNorm2d(C)
     before = copy.deepcopy(layer.state_dict())
     parts = [batch(1, 2), batch(2, 5, 4.0, 3.0), batch(3, 1)]
-    layer.record_pass("capture")
+    layer.start_recording(Recording.CAPTURE)
     for part in parts:
         own = F.batch_norm(part, None, None, training=True)
         torch.testing.assert_close(layer(part), own, rtol=1e-5, atol=1e-5)
     assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
-    layer.commit(layer.recorded)
+    layer.commit(layer.recorded_moments)
     together = torch.cat(parts)
     torch.testing.assert_close(layer.ref_mean, together.mean((0, 2, 3)))
     torch.testing.assert_close(layer.ref_var, together.var((0, 2, 3), correction=0))
@@ -106,9 +108,9 @@ def test_slice_normalises_by_the_reference_and_averages_both_moments():
     reference, slice_ = batch(1, 8, 3.0, 2.0), batch(2, 2, 0.5, -1.0)
     layer = with_reference(RefBatchNorm2d(C), reference)
     mean, var = reference.mean((0, 2, 3)), reference.var((0, 2, 3), correction=0)
-    layer.record_pass("slice")
+    layer.start_recording(Recording.SLICE)
     torch.testing.assert_close(layer(slice_), F.batch_norm(slice_, mean, var))
-    layer.commit(layer.recorded, 0.25)
+    layer.commit(layer.recorded_moments, 0.25)
     # A batch of which every fourth element is drawn from the slice has these moments.
     first = 0.75 * reference.mean((0, 2, 3)) + 0.25 * slice_.mean((0, 2, 3))
     second = 0.75 * reference.square().mean((0, 2, 3)) + 0.25 * slice_.square().mean((0, 2, 3))
@@ -118,25 +120,25 @@ def test_slice_normalises_by_the_reference_and_averages_both_moments():
     assert layer.num_batches_tracked == 0
 
 
-def test_ride_uses_and_records_the_last_rows():
+def test_concat_uses_and_records_the_last_rows():
     layer = with_reference(RefBatchNorm2d(C))
     x = batch(5, 6)
     blended = RefBatchNorm2d(C)
     blended.load_state_dict(layer.state_dict())
     blended.commit(Moments(x[-2:].mean((0, 2, 3)), x[-2:].var((0, 2, 3), correction=0), 70), 0.25)
-    layer.record_pass("ride", 2, 0.25)
+    layer.start_recording(Recording.CONCAT, 2, 0.25)
     before = layer.ref_mean.clone()
     torch.testing.assert_close(layer(x), blended(x), rtol=1e-5, atol=1e-5)
     assert torch.equal(layer.ref_mean, before)  # until the workers agree
-    layer.commit(layer.recorded, 0.25)
+    layer.commit(layer.recorded_moments, 0.25)
     torch.testing.assert_close(layer.ref_var, blended.ref_var, rtol=1e-4, atol=1e-5)
 
 
 def test_empty_batch_passes_with_zero_gradients():
     layer = with_reference(RefBatchNorm2d(C))
     before = copy.deepcopy(layer.state_dict())
-    for record in (None, "capture", "slice"):
-        layer.record_pass(record)
+    for recording in (Recording.OFF, Recording.CAPTURE, Recording.SLICE):
+        layer.start_recording(recording)
         x = torch.zeros(0, C, 5, 7, requires_grad=True)
         y = layer(x)
         assert y.shape == x.shape
@@ -144,12 +146,12 @@ def test_empty_batch_passes_with_zero_gradients():
         y.sum().backward()
         assert x.grad.shape == x.shape
         assert layer.weight.grad.tolist() == layer.bias.grad.tolist() == [0.0] * C
-        assert layer.recorded is None
+        assert layer.recorded_moments is None
     assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
 
 
 def test_first_batch_becomes_the_reference_and_is_said_once(caplog):
-    _say_no_reference.cache_clear()
+    _warn_no_reference.cache_clear()
     layers = [RefBatchNorm2d(C), RefBatchNorm2d(C)]
     with caplog.at_level(logging.WARNING):
         for layer in layers:
@@ -172,11 +174,11 @@ def test_autocast_takes_moments_in_float32_and_keeps_channels_last(dtype):
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", dtype), torch.no_grad():
         h = conv(x).double()
-    layer.record_pass("capture")
+    layer.start_recording(Recording.CAPTURE)
     with torch.autocast("cpu", dtype), torch.no_grad():
         net(x)
     torch.testing.assert_close(
-        layer.recorded.mean.double(), h.mean((0, 2, 3)), rtol=1e-5, atol=1e-5
+        layer.recorded_moments.mean.double(), h.mean((0, 2, 3)), rtol=1e-5, atol=1e-5
     )
     assert (
         layer.ref_mean.dtype == layer.running_var.dtype == conv.weight.grad.dtype == torch.float32
@@ -212,10 +214,10 @@ def test_state_dict_goes_to_batch_norm_and_back():
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_deepcopy_and_pickle(clone):
-    layer = with_reference(RefBatchNorm2d(C, reference_weight="count", gradient="pooled"))
+    layer = with_reference(RefBatchNorm2d(C, weighting="count", gradient="pooled"))
     other = clone(layer)
     torch.testing.assert_close(other(batch(1)), layer(batch(1)))
-    assert other.reference_weight == "count" and other.gradient == "pooled"
+    assert other.weighting == "count" and other.gradient == "pooled"
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -61,7 +61,7 @@ CHANGES = {  # steps of 4, REFRESH_PERIOD 3, in which the reference changes
     "static": [False, False, False, False],
     "full": [False, False, False, True],  # at 0 it is that of the capture
     "slice": [True, False, False, True],
-    "ride": [True, False, False, True],
+    "concat": [True, False, False, True],
 }
 
 
@@ -81,10 +81,10 @@ def test_default_trainer_in_all_modes(detectron2_cfg, refresh):
     assert len(images) == 4 and hook.reference.identity["dataset"] == "tiny_train"
     changed = [not equal(x, y) for x, y in pairwise([*trainer.captured, *trainer.keep.seen])]
     assert changed == CHANGES[refresh]
-    trained = {"ride": [4, 2, 2, 4]}.get(refresh, [2, 2, 2, 2])  # with a slice of 2 in it
+    trained = {"concat": [4, 2, 2, 4]}.get(refresh, [2, 2, 2, 2])  # with a slice of 2 in it
     beside = {  # without gradient: the capture of 4 and what refreshes
         "static": [4], "full": [4, 4], "slice": [4, 2, 2],
-        "ride": [4, 2, 2],  # the norms of the heads
+        "concat": [4, 2, 2],  # the norms of the heads
     }[refresh]  # fmt: skip
     assert [n for n, gradient in rows if gradient] == trained
     assert [n for n, gradient in rows if not gradient] == beside

@@ -100,7 +100,7 @@ def no_batch_norm(norm, out_channels):
     [
         (other_arguments, r"get_norm\(norm, out_channels\)"),
         (partial(no_dict), r"get_norm\(norm, out_channels\)"),
-        (no_dict, "no norm 'RefBN' of its own"),
+        (no_dict, "no 'RefBN' of its own"),
         (no_batch_norm, "to be a BatchNorm2d"),
     ],
 )

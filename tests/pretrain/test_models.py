@@ -9,7 +9,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from refbn_d2.config import ConfigError
-from refbn_d2.layers import RefBatchNorm2d, convert_from_refbn, fold, refbn_layers
+from refbn_d2.layers import Recording, RefBatchNorm2d, convert_from_refbn, fold, refbn_layers
 from refbn_d2.pretrain.backbone import resnet_keys
 from refbn_d2.pretrain.models import RefBatchNormAct2d, build_model, check_num_classes
 
@@ -88,9 +88,9 @@ def test_the_activation_follows_the_normalised_batch():
     layer.drop, layer.act = nn.Identity(), nn.ReLU()
     plain = RefBatchNorm2d(4)
     x = torch.randn(3, 4, 5, 5)
-    for record in ("capture", "slice", None):
+    for recording in (Recording.CAPTURE, Recording.SLICE, Recording.OFF):
         for norm in (layer, plain):
-            norm.record_pass(record)
+            norm.start_recording(recording)
         torch.testing.assert_close(layer(x), plain(x).relu())
     torch.testing.assert_close(layer.ref_mean, plain.ref_mean)
 

@@ -244,7 +244,7 @@ def inputs_of(one):
     return seen
 
 
-def test_a_slice_rides_once_a_step_and_is_not_mixed(cfg):
+def test_a_slice_is_appended_once_a_step_and_is_not_mixed(cfg):
     one = trainer(
         cfg, "SOLVER.GRAD_ACCUM_STEPS", 2, "INPUT.MIXUP_ALPHA", 1.0, "INPUT.RANDOM_ERASING", 1.0
     )
@@ -303,7 +303,7 @@ def test_bfloat16(cfg):
 
 @pytest.mark.slow
 def test_compiled_is_eager(cfg):
-    """With a capture, riding slices, validation and the moving average: one graph for each."""
+    """With a capture, appended slices, validation and the moving average: one graph for each."""
     torch._dynamo.reset()
     measured = []
     for compiled in (False, True):
@@ -319,7 +319,7 @@ def test_compiled_is_eager(cfg):
 # ---- resumption
 
 
-@pytest.mark.parametrize("refresh", ["static", "full", "slice", "ride"])
+@pytest.mark.parametrize("refresh", ["static", "full", "slice", "concat"])
 def test_killed_and_resumed_equals_straight(cfg, tmp_path, monkeypatch, refresh):
     cfg.merge_from_list(["MODEL.REFBN.REFRESH", refresh, *ALL_AT_ONCE])
     run(cfg, "OUTPUT_DIR", str(tmp_path / "straight"))

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from refbn_d2.config import RefBNOptions
-from refbn_d2.layers import Moments, RefBatchNorm2d, refbn_layers
+from refbn_d2.layers import Moments, Recording, RefBatchNorm2d, refbn_layers
 from refbn_d2.reference.batch import ReferenceBatch
 from refbn_d2.reference.selection import draw_images, find_images, identity_of
 
@@ -61,7 +61,11 @@ def make(refresh, options=OPTIONS, model=None, **changes):
     options = replace(options, refresh=refresh, **changes)
     samples = images(7, options.num_images)
     identity = {"dataset": "d", "seed": 0, "images": []}
-    return model, ReferenceBatch(model, samples, model, options, identity, model.backbone, stack)
+    reference = ReferenceBatch(
+        model, samples, options, forward=model, identity=identity, concat_to=model.backbone,
+        rows=stack,
+    )  # fmt: skip
+    return model, reference
 
 
 def train(model, reference, steps, start=0, seen=None):
@@ -137,7 +141,7 @@ def test_full_is_the_capture_of_the_weights_of_that_step():
         assert torch.equal(a.ref_mean, b.ref_mean) and torch.equal(a.ref_var, b.ref_var)
 
 
-@pytest.mark.parametrize("refresh", ["slice", "ride"])
+@pytest.mark.parametrize("refresh", ["slice", "concat"])
 def test_slices_walk_through_the_reference_every_period(refresh):
     model, reference = make(refresh)
     reference.capture()
@@ -157,7 +161,7 @@ def test_slices_walk_through_the_reference_every_period(refresh):
     assert reference.state_dict()["position"] == 2
 
 
-@pytest.mark.parametrize("refresh", ["slice", "ride"])
+@pytest.mark.parametrize("refresh", ["slice", "concat"])
 def test_slice_moments_enter_by_a_moving_average(refresh):
     model, reference = make(refresh)
     reference.capture()
@@ -171,8 +175,8 @@ def test_slice_moments_enter_by_a_moving_average(refresh):
     torch.testing.assert_close(layer.ref_var, second - first**2, rtol=1e-4, atol=1e-5)
 
 
-def test_layers_outside_of_the_ridden_module_take_slices():
-    model, reference = make("ride")
+def test_layers_outside_of_the_module_take_slices():
+    model, reference = make("concat")
     reference.capture()
     seen = []
     train(model, reference, 4, seen=seen)
@@ -181,7 +185,7 @@ def test_layers_outside_of_the_ridden_module_take_slices():
         assert changed == [False, True, False]
 
 
-@pytest.mark.parametrize("refresh", ["static", "full", "slice", "ride"])
+@pytest.mark.parametrize("refresh", ["static", "full", "slice", "concat"])
 def test_resumed_run_equals_the_straight_one(refresh):
     straight, reference = make(refresh)
     reference.capture()
@@ -199,7 +203,7 @@ def test_resumed_run_equals_the_straight_one(refresh):
         assert torch.equal(a, b), name
 
 
-def test_classifier_rides_on_itself():
+def test_a_slice_is_appended_to_a_classifiers_own_input():
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3),
@@ -210,8 +214,8 @@ def test_classifier_rides_on_itself():
     )
     samples = images(7, 6)
     reference = ReferenceBatch(
-        model, samples, lambda s: model(torch.stack(s)), replace(OPTIONS, refresh="ride"), {},
-        ride_on=model, rows=stack,
+        model, samples, replace(OPTIONS, refresh="concat"),
+        forward=lambda s: model(torch.stack(s)), concat_to=model, rows=stack,
     )  # fmt: skip
     reference.capture()
     before = model[1].ref_mean.clone()
@@ -223,9 +227,9 @@ def test_classifier_rides_on_itself():
 
 
 def test_virtual_batch_norm_is_whole_reference_with_weight_one():
-    """The whole reference rides, w = momentum = 1: its moments under the weights of this step."""
+    """All of it appended, w = momentum = 1: the reference's moments under this step's weights."""
     model, reference = make(
-        "ride", reference_weight=1.0, gradient="reference", slice_size=6, slice_momentum=1.0
+        "concat", reference_weight=1.0, gradient="reference", slice_size=6, slice_momentum=1.0
     )
     layer = model.backbone[1]
     layer.reference_weight, layer.gradient = 1.0, "reference"
@@ -243,17 +247,17 @@ def test_virtual_batch_norm_is_whole_reference_with_weight_one():
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_no_layer_or_nothing_to_ride_on():
+def test_no_layer_or_nothing_to_append_to():
     with pytest.raises(ValueError, match="no RefBatchNorm2d"):
-        ReferenceBatch(nn.Conv2d(3, 3, 1), [], print, OPTIONS, {})
+        ReferenceBatch(nn.Conv2d(3, 3, 1), images(7, 6), OPTIONS)
     with pytest.raises(ValueError, match='use "slice"'):
-        ReferenceBatch(Detector(), [], print, replace(OPTIONS, refresh="ride"), {})
+        ReferenceBatch(Detector(), images(7, 6), replace(OPTIONS, refresh="concat"), forward=print)
 
 
 def test_layer_that_the_reference_does_not_reach_is_named(caplog):
     model, _ = make("static")
     reference = ReferenceBatch(
-        model, images(7, 6), lambda s: model.backbone(torch.stack(s)), OPTIONS, {}
+        model, images(7, 6), OPTIONS, forward=lambda s: model.backbone(torch.stack(s))
     )
     reference.capture()
     assert "did not reach head.1" in caplog.text
@@ -328,10 +332,10 @@ def _worker(rank, port, refresh, path):
         ("full", [0, 0, 1, 0], [3, 3, 6, 3, 3]),
         ("slice", [1, 0, 1, 0], [2, 3, 3, 2, 3, 3]),
         (
-            "ride",
+            "concat",
             [1, 0, 1, 0],
             [2, 5, 3, 2, 5, 3],
-        ),  # the head's slice, and the batch with the riders
+        ),  # the head's slice, and the batch with the slice
     ],
 )
 def test_workers_agree_with_one_collective_per_refresh(tmp_path, free_port, refresh, counts, rows):
@@ -357,7 +361,7 @@ def _worker_with_an_empty_head(rank, port, path):
     model = HeadOfSome()
     nothing = [torch.zeros(3, 8, 8)] * 6
     identity = {"dataset": "d", "seed": 0, "images": []}
-    reference = ReferenceBatch(model, nothing, model, OPTIONS, identity)
+    reference = ReferenceBatch(model, nothing, OPTIONS, forward=model, identity=identity)
     reference.begin()
     inputs, references = [], []
     layer = model.head[1]
@@ -401,7 +405,7 @@ def _worker_with_other_images(rank, port, what, path):
         identity["images"] = [{"file_name": "a.jpg", "fingerprint": "2"}]
     model = Detector()
     try:
-        ReferenceBatch(model, images(7, 6), model, OPTIONS, identity)
+        ReferenceBatch(model, images(7, 6), OPTIONS, forward=model, identity=identity)
     except ValueError as error:
         open(f"{path}/{rank}", "w").write(str(error))
     dist.destroy_process_group()
@@ -479,10 +483,10 @@ def test_images_that_are_no_files_of_their_own(dataset_dicts):
         find_images(identity, packed)
 
 
-def test_backbone_without_refbn_carries_no_riders():
-    model, _ = make("ride")
+def test_nothing_is_appended_to_a_backbone_without_refbn():
+    model, _ = make("concat")
     model.backbone[1] = nn.BatchNorm2d(4)
-    _, reference = make("ride", model=model)
+    _, reference = make("concat", model=model)
     reference.capture()
     rows = []
     model.backbone[0].register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
@@ -491,8 +495,8 @@ def test_backbone_without_refbn_carries_no_riders():
     assert rows == [2, 3] and not torch.equal(before, model.head[1].ref_mean)
 
 
-def test_a_step_that_failed_leaves_no_rider(tmp_path):
-    model, reference = make("ride")
+def test_a_step_that_failed_leaves_nothing(tmp_path):
+    model, reference = make("concat")
     reference.capture()
     reference.before_step(0)
     assert len(model.eval().backbone(torch.zeros(3, 3, 8, 8))["p2"]) == 3  # and none in evaluation
@@ -500,7 +504,7 @@ def test_a_step_that_failed_leaves_no_rider(tmp_path):
     rows = []
     model.backbone[0].register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
     model.train()(images(1, 3))
-    assert rows == [3] and model.backbone[1].record is None
+    assert rows == [3] and model.backbone[1].recording is Recording.OFF
 
 
 @pytest.mark.parametrize("harm", ["file gone", "dict gone", "pixels", "annotation"])

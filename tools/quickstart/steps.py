@@ -61,7 +61,7 @@ def steps(out: str, changes: dict[str, list[str]]) -> list[Step]:
         (
             "RefBN",
             "Its norms compare every batch with a reference batch of 32 training pictures, drawn "
-            "once, of which 8 ride along every 4 steps.",
+            "once, of which 8 are appended to the batch every 4 steps.",
         ),
         ("BN", "The same recipe with BatchNorm, to compare."),
     ):

@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from refbn_d2.config import ConfigError, RefBNOptions
+from refbn_d2.config.refbn import LAYER_OPTIONS
 from refbn_d2.engines.detectron2.trainer import (
     Checkpointer,
     Curves,
@@ -37,7 +38,7 @@ from refbn_d2.engines.detectron2.trainer import (
     join_workers,
     setup_log,
 )
-from refbn_d2.layers import refbn_layers
+from refbn_d2.layers import has_refbn
 from refbn_d2.plugin.hook import ReferenceBatchHook, unwrapped
 from refbn_d2.training.output_dir import check_not_overwritten
 from refbn_d2.utils.device import resolve_device
@@ -76,7 +77,7 @@ def _options(cfg: DictConfig) -> RefBNOptions | None:
     if "refbn" not in cfg:
         return None
     try:
-        layers_own = {"reference_weight": None, "gradient": None}
+        layers_own = dict.fromkeys(LAYER_OPTIONS)
         return RefBNOptions(**layers_own | OmegaConf.to_container(cfg.refbn))
     except TypeError as error:
         known = ", ".join(field.name for field in fields(RefBNOptions))
@@ -116,7 +117,7 @@ def _train(cfg: DictConfig, args: argparse.Namespace, model: nn.Module) -> None:
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
         hooks.EvalHook(cfg.train.eval_period, lambda: _evaluate(cfg, model)),
     ]
-    if any(True for _ in refbn_layers(model)):
+    if has_refbn(model):
         used.append(ReferenceBatchHook(_options(cfg)))
     if comm.is_main_process():
         # Saved before an evaluation that may fail; written behind it, with its results.

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 from refbn_d2.config import ConfigError
 from refbn_d2.config.cfg_node import OTHER_ENGINE
-
-NORMS = ("RefBN", "BN", "SyncBN", "FrozenBN", "GN", "")
+from refbn_d2.engines.torchvision.modeling.norms import NORMS
 
 # Keys that choose among implementations -> the values that have one here.
 CHOICES = {

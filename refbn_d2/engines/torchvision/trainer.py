@@ -23,7 +23,7 @@ from refbn_d2.engines.torchvision.data import (
 )
 from refbn_d2.engines.torchvision.modeling import build_model
 from refbn_d2.engines.torchvision.solver import build_optimizer, gradient_clipper, lr_multiplier
-from refbn_d2.layers import refbn_layers
+from refbn_d2.layers import has_refbn
 from refbn_d2.metrics import coco_ap
 from refbn_d2.reference.batch import ReferenceBatch
 from refbn_d2.reference.detection import image_rows
@@ -113,7 +113,7 @@ class Trainer(TrainingLoop):
             self.seed,
         )  # fmt: skip
         self.reference = None
-        if any(True for _ in refbn_layers(self.model)):
+        if has_refbn(self.model):
             self.reference = self._reference(data, checkpoint)
         self.wrapped = distributed.data_parallel(self.model, self.device)
         if checkpoint:
@@ -142,9 +142,14 @@ class Trainer(TrainingLoop):
                 self.model(samples)
 
         reference = ReferenceBatch(
-            self.model, samples, forward, options, identity, self.model.backbone,
-            image_rows(self.model),
-        )  # fmt: skip
+            self.model,
+            samples,
+            options,
+            forward=forward,
+            identity=identity,
+            concat_to=self.model.backbone,
+            rows=image_rows(self.model),
+        )
         if state:
             reference.load_state_dict(state)
         else:

@@ -252,8 +252,8 @@ def test_rows_appended_and_dropped_around_the_backbone_leave_the_losses():
         return (torch.cat([args[0], torch.ones(3, *args[0].shape[1:])]),)
 
     losses = []
-    for riding in (False, True):
-        if riding:
+    for appended in (False, True):
+        if appended:
             model.backbone.register_forward_pre_hook(append)
             model.backbone.register_forward_hook(
                 lambda module, args, maps: {name: value[:-3] for name, value in maps.items()}

@@ -89,7 +89,7 @@ def test_eval_only_gives_the_same_results_and_keeps_the_run(tiny_cfg, tmp_path):
     assert all(p.read_bytes() == content for p, content in before.items())
 
 
-@pytest.mark.parametrize("refresh", ["static", "full", "slice", "ride"])
+@pytest.mark.parametrize("refresh", ["static", "full", "slice", "concat"])
 def test_killed_and_resumed_equals_straight(tiny_cfg, tmp_path, monkeypatch, refresh):
     tiny_cfg.merge_from_list(["MODEL.REFBN.REFRESH", refresh, "DATASETS.TEST", []])
     run(tiny_cfg, "OUTPUT_DIR", str(tmp_path / "straight"))
@@ -102,7 +102,7 @@ def test_killed_and_resumed_equals_straight(tiny_cfg, tmp_path, monkeypatch, ref
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("refresh", ["static", "full", "slice", "ride"])
+@pytest.mark.parametrize("refresh", ["static", "full", "slice", "concat"])
 def test_40_iterations_straight_or_killed_at_20(tiny_cfg, tmp_path, refresh):
     """The real thing: a process that is sent SIGKILL."""
     tiny_cfg.merge_from_list(

@@ -7,8 +7,10 @@ Shapes:
     p<i>        (N, FPN.OUT_CHANNELS, H / 2^i, W / 2^i), i = 2..6
 """
 
+import functools
 import logging
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,76 +18,9 @@ from fvcore.nn.weight_init import c2_msra_fill, c2_xavier_fill
 from torch import Tensor, nn
 
 from refbn_d2.checkpoint.resnets import BLOCKS
-from refbn_d2.config import refbn_options
-from refbn_d2.layers import RefBatchNorm2d
+from refbn_d2.engines.torchvision.modeling.norms import Norm, freeze, norm_factory
 
 logger = logging.getLogger(__name__)
-
-
-class FrozenBatchNorm2d(nn.Module):
-    """y = weight (x - running_mean) / sqrt(running_var + eps) + bias, all four constant buffers
-
-    The identity at first. `num_batches_tracked` is there where the layer was a BatchNorm before.
-    """
-
-    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.num_features, self.eps = num_features, eps
-        self.register_buffer("weight", torch.ones(num_features))
-        self.register_buffer("bias", torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features) - eps)
-        self.register_buffer("num_batches_tracked", None)
-
-    @classmethod
-    def of(cls, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> "FrozenBatchNorm2d":
-        """`norm` as it is now, frozen; a RefBatchNorm2d's reference is dropped."""
-        frozen = cls(norm.num_features, norm.eps)
-        frozen.weight.copy_(norm.weight.detach())
-        frozen.bias.copy_(norm.bias.detach())
-        frozen.running_mean.copy_(norm.running_mean)
-        frozen.running_var.copy_(norm.running_var)
-        frozen.num_batches_tracked = norm.num_batches_tracked
-        return frozen
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad and x.dtype == torch.float32:  # one pass that need not keep x
-            scale = self.weight * (self.running_var + self.eps).rsqrt()
-            shift = self.bias - self.running_mean * scale
-            return torch.addcmul(shift.view(1, -1, 1, 1), x, scale.view(1, -1, 1, 1))
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-        )
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps}"
-
-
-def get_norm(name: str, channels: int, cfg) -> nn.Module | None:
-    """The normalisation layer called `name`; None for "".
-
-    Args:
-        name: "RefBN", "BN", "SyncBN", "FrozenBN", "GN" (32 groups) or "".
-        channels: of the layer's input (N, channels, H, W).
-        cfg: MODEL.REFBN is read for RefBN, MODEL.DEVICE for SyncBN: on the CPU, where torch has no
-            synchronised BatchNorm, it is BN.
-    """
-    if name == "RefBN":
-        options = refbn_options(cfg)
-        return RefBatchNorm2d(
-            channels, reference_weight=options.reference_weight, gradient=options.gradient
-        )
-    if name == "BN" or (name == "SyncBN" and torch.device(cfg.MODEL.DEVICE).type == "cpu"):
-        return nn.BatchNorm2d(channels)
-    if name == "SyncBN":
-        return nn.SyncBatchNorm(channels)
-    if name == "FrozenBN":
-        return FrozenBatchNorm2d(channels)
-    if name == "GN":
-        return nn.GroupNorm(32, channels)
-    if name == "":
-        return None
-    raise ValueError(f"unknown norm {name!r}; known: RefBN, BN, SyncBN, FrozenBN, GN, or ''")
 
 
 class Conv2d(nn.Conv2d):
@@ -102,23 +37,13 @@ class Conv2d(nn.Conv2d):
         return F.relu_(x) if self.relu else x
 
 
-def freeze(module: nn.Module) -> None:
-    """No parameter of `module` takes gradients, and every BatchNorm in it becomes FrozenBN."""
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-                setattr(parent, name, FrozenBatchNorm2d.of(child))
-
-
 class Stem(nn.Module):
     """7x7 convolution and 3x3 max pooling, stride 2 each."""
 
-    def __init__(self, out_channels: int, norm: str, cfg) -> None:
+    def __init__(self, out_channels: int, norm: Norm) -> None:
         super().__init__()
-        norm = get_norm(norm, out_channels, cfg)
-        self.conv1 = Conv2d(3, out_channels, 7, 2, 3, bias=False, norm=norm, relu=True)
+        own_norm = norm(out_channels)
+        self.conv1 = Conv2d(3, out_channels, 7, 2, 3, bias=False, norm=own_norm, relu=True)
         c2_msra_fill(self.conv1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,11 +53,11 @@ class Stem(nn.Module):
 class _Block(nn.Module):
     """relu(residual(x) + shortcut(x)); the residual branch is conv1, conv2, ... in their order."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: str, cfg) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.shortcut = None
         if in_channels != out_channels:
-            own_norm = get_norm(norm, out_channels, cfg)
+            own_norm = norm(out_channels)
             self.shortcut = Conv2d(in_channels, out_channels, 1, stride, bias=False, norm=own_norm)
 
     def _fill(self, *residual: Conv2d) -> None:
@@ -148,11 +73,11 @@ class _Block(nn.Module):
 class BasicBlock(_Block):
     """The block of ResNet-18 and 34: two 3x3 convolutions."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: str, cfg) -> None:
-        super().__init__(in_channels, out_channels, stride, norm, cfg)
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm) -> None:
+        super().__init__(in_channels, out_channels, stride, norm)
 
         def conv(in_channels: int, stride: int, relu: bool) -> Conv2d:
-            own_norm = get_norm(norm, out_channels, cfg)
+            own_norm = norm(out_channels)
             return Conv2d(
                 in_channels, out_channels, 3, stride, 1, bias=False, norm=own_norm, relu=relu
             )
@@ -173,16 +98,17 @@ class BottleneckBlock(_Block):
         in_channels: int,
         out_channels: int,
         stride: int,
-        norm: str,
-        cfg,
+        norm: Norm,
         channels: int,
-        dilation: int = 1,
+        groups: int,
+        stride_in_1x1: bool,
+        dilation: int,
     ) -> None:
-        super().__init__(in_channels, out_channels, stride, norm, cfg)
-        stride1, stride3 = (stride, 1) if cfg.MODEL.RESNETS.STRIDE_IN_1X1 else (1, stride)
+        super().__init__(in_channels, out_channels, stride, norm)
+        stride1, stride3 = (stride, 1) if stride_in_1x1 else (1, stride)
 
         def conv(in_channels: int, out_channels: int, kernel: int, **kwargs) -> Conv2d:
-            own_norm = get_norm(norm, out_channels, cfg)
+            own_norm = norm(out_channels)
             return Conv2d(in_channels, out_channels, kernel, bias=False, norm=own_norm, **kwargs)
 
         self.conv1 = conv(in_channels, channels, 1, stride=stride1, relu=True)
@@ -193,7 +119,7 @@ class BottleneckBlock(_Block):
             stride=stride3,
             padding=dilation,
             dilation=dilation,
-            groups=cfg.MODEL.RESNETS.NUM_GROUPS,
+            groups=groups,
             relu=True,
         )
         self.conv3 = conv(channels, out_channels, 1)
@@ -211,14 +137,19 @@ def resnet_stage(
     widen = 2 ** (stage - 2)
     out_channels = resnets.RES2_OUT_CHANNELS * widen
     in_channels = resnets.STEM_OUT_CHANNELS if stage == 2 else out_channels // 2
+    block: Callable[..., _Block] = BasicBlock
+    if bottleneck:
+        block = functools.partial(
+            BottleneckBlock,
+            channels=resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP * widen,
+            groups=resnets.NUM_GROUPS,
+            stride_in_1x1=resnets.STRIDE_IN_1X1,
+            dilation=dilation,
+        )
+    norm = norm_factory(resnets.NORM, cfg.MODEL.DEVICE)
     layers = []
     for _ in range(blocks):
-        args = (in_channels, out_channels, stride, resnets.NORM, cfg)
-        if bottleneck:
-            channels = resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP * widen
-            layers.append(BottleneckBlock(*args, channels=channels, dilation=dilation))
-        else:
-            layers.append(BasicBlock(*args))
+        layers.append(block(in_channels, out_channels, stride, norm))
         in_channels, stride = out_channels, 1
     return nn.Sequential(*layers)
 
@@ -236,7 +167,8 @@ class ResNet(nn.Module):
     def __init__(self, cfg) -> None:
         super().__init__()
         resnets = cfg.MODEL.RESNETS
-        self.stem = Stem(resnets.STEM_OUT_CHANNELS, resnets.NORM, cfg)
+        norm = norm_factory(resnets.NORM, cfg.MODEL.DEVICE)
+        self.stem = Stem(resnets.STEM_OUT_CHANNELS, norm)
         strides, channels = {"stem": 4}, {"stem": resnets.STEM_OUT_CHANNELS}
         self.stages = []
         last = max(int(name[3:]) if name != "stem" else 1 for name in resnets.OUT_FEATURES)
@@ -276,6 +208,7 @@ class FPN(nn.Module):
     def __init__(self, cfg) -> None:
         super().__init__()
         fpn = cfg.MODEL.FPN
+        norm = norm_factory(fpn.NORM, cfg.MODEL.DEVICE)
         bottom_up = ResNet(cfg)
         self.in_features, self.average = list(fpn.IN_FEATURES), fpn.FUSE_TYPE == "avg"
         self.levels = [int(math.log2(bottom_up.strides[name])) for name in self.in_features]
@@ -284,15 +217,14 @@ class FPN(nn.Module):
                 f"fpn_lateral{level}": (bottom_up.channels[name], 1),
                 f"fpn_output{level}": (fpn.OUT_CHANNELS, 3),
             }
-            norms = [get_norm(fpn.NORM, fpn.OUT_CHANNELS, cfg) for _ in convs]
-            for norm, (conv_name, (in_channels, kernel)) in zip(norms, convs.items(), strict=True):
+            for conv_name, (in_channels, kernel) in convs.items():
                 conv = Conv2d(
                     in_channels,
                     fpn.OUT_CHANNELS,
                     kernel,
                     padding=kernel // 2,
                     bias=fpn.NORM == "",
-                    norm=norm,
+                    norm=norm(fpn.OUT_CHANNELS),
                 )
                 self.add_module(conv_name, conv)
             for conv_name in convs:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from refbn_d2.config import apply_options, refbn_options
 from refbn_d2.engines.torchvision.modeling.backbone import build_backbone
 from refbn_d2.engines.torchvision.modeling.boxes import clip_boxes, nonempty
 from refbn_d2.engines.torchvision.modeling.masks import paste_masks
 from refbn_d2.engines.torchvision.modeling.roi_heads import build_roi_heads
 from refbn_d2.engines.torchvision.modeling.rpn import RPN, Targets
+from refbn_d2.layers.peers import prepare_peers
 
 
 class GeneralizedRCNN(nn.Module):
@@ -142,5 +144,8 @@ def _in_original_image(
 
 
 def build_model(cfg) -> GeneralizedRCNN:
-    """The model of MODEL.* with fresh weights on MODEL.DEVICE, its convolutions channels last."""
-    return GeneralizedRCNN(cfg).to(cfg.MODEL.DEVICE, memory_format=torch.channels_last)
+    """Build the model of MODEL.* with fresh weights on MODEL.DEVICE, convolutions channels last."""
+    model = GeneralizedRCNN(cfg)
+    apply_options(model, refbn_options(cfg))
+    prepare_peers(model, cfg.SOLVER.MAX_ITER)
+    return model.to(cfg.MODEL.DEVICE, memory_format=torch.channels_last)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import batched_nms
 
-from refbn_d2.engines.torchvision.modeling.backbone import Conv2d, get_norm, resnet_stage
+from refbn_d2.engines.torchvision.modeling.backbone import Conv2d, resnet_stage
 from refbn_d2.engines.torchvision.modeling.boxes import (
     apply_deltas,
     box_deltas,
@@ -27,6 +27,7 @@ from refbn_d2.engines.torchvision.modeling.boxes import (
     sample,
 )
 from refbn_d2.engines.torchvision.modeling.masks import mask_targets
+from refbn_d2.engines.torchvision.modeling.norms import norm_factory
 from refbn_d2.engines.torchvision.modeling.roi_align import roi_align
 from refbn_d2.engines.torchvision.modeling.rpn import Targets
 
@@ -95,10 +96,12 @@ def box_head(cfg, in_channels: int) -> nn.Sequential:
     """conv1.. and fc1.. of Detectron2's FastRCNNConvFCHead: (S, C, h, w) -> (S, FC_DIM)."""
     options = cfg.MODEL.ROI_BOX_HEAD
     head, filled = nn.Sequential(), []
+    norm, bias = norm_factory(options.NORM, cfg.MODEL.DEVICE), options.NORM == ""
     for i in range(options.NUM_CONV):
-        norm = get_norm(options.NORM, options.CONV_DIM, cfg)
-        bias = options.NORM == ""
-        conv = Conv2d(in_channels, options.CONV_DIM, 3, padding=1, bias=bias, norm=norm, relu=True)
+        conv = Conv2d(
+            in_channels, options.CONV_DIM, 3, padding=1, bias=bias, norm=norm(options.CONV_DIM),
+            relu=True,
+        )  # fmt: skip
         head.add_module(f"conv{i + 1}", conv)
         filled.append((c2_msra_fill, conv))
         in_channels = options.CONV_DIM
@@ -138,9 +141,9 @@ def mask_head(cfg, in_channels: int) -> nn.Sequential:
     """Detectron2's MaskRCNNConvUpsampleHead: (F, C, h, w) -> logits (F, K or 1, 2h, 2w)."""
     options = cfg.MODEL.ROI_MASK_HEAD
     head, dim = nn.Sequential(), options.CONV_DIM
+    norm, bias = norm_factory(options.NORM, cfg.MODEL.DEVICE), options.NORM == ""
     for i in range(options.NUM_CONV):
-        norm, bias = get_norm(options.NORM, dim, cfg), options.NORM == ""
-        conv = Conv2d(in_channels, dim, 3, padding=1, bias=bias, norm=norm, relu=True)
+        conv = Conv2d(in_channels, dim, 3, padding=1, bias=bias, norm=norm(dim), relu=True)
         head.add_module(f"mask_fcn{i + 1}", conv)
         in_channels = dim
     head.add_module("deconv", nn.ConvTranspose2d(in_channels, dim, 2, stride=2))

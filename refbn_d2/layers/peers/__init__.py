@@ -1,0 +1,19 @@
+"""What RefBN is measured against: other norms for small or dependent batches. torch only."""
+
+from refbn_d2.layers.peers.batch_renorm import BatchRenorm2d
+from refbn_d2.layers.peers.cross_iteration_bn import CrossIterationBatchNorm2d, link_cbn
+from refbn_d2.layers.peers.linking import LinkError
+from refbn_d2.layers.peers.moving_average_bn import MovingAverageBatchNorm2d, link_mabn
+from refbn_d2.layers.peers.registry import PEERS, peer_options, prepare_peers
+
+__all__ = [
+    "PEERS",
+    "BatchRenorm2d",
+    "CrossIterationBatchNorm2d",
+    "LinkError",
+    "MovingAverageBatchNorm2d",
+    "link_cbn",
+    "link_mabn",
+    "prepare_peers",
+    "peer_options",
+]

@@ -1,0 +1,218 @@
+"""MovingAverageBatchNorm2d: normalization by moving averages, in the forward and backward pass.
+
+Yan, Wan, Zhang, Zhang, Wei, Sun, "Towards Stabilizing Batch Statistics in Backward Propagation of
+Batch Normalization", ICLR 2020 (arXiv 2001.06838), section 4. Where the paper and the authors' code
+differ (clip, warm-up), this follows the code.
+
+Shapes:
+    x, y, dy, dx                      (N, C, H, W)
+    chi2, psi, r, gamma, beta         (C,); chi2 = mean(x^2), a second moment
+    second_moments, gradient_moments  (window, C), chi2 and psi of the last `window` batches
+"""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from refbn_d2.layers.functional import batch_moments
+from refbn_d2.layers.peers.base import PeerBatchNorm2d, check_steps
+from refbn_d2.layers.peers.linking import LinkError, preceding_convolutions
+
+logger = logging.getLogger(__name__)
+
+
+class _Normalize(torch.autograd.Function):
+    """y = gamma r z + beta, z = x / sqrt(chi2 + eps), with MABN's gradient of x."""
+
+    @staticmethod
+    def forward(ctx, x, gamma, beta, chi2, r, gradient_moments, slot, averages, eps):
+        # gradient_moments is written in the backward pass, so that it is not a saved tensor
+        ctx.save_for_backward(x, gamma, chi2, r, slot, averages)
+        ctx.gradient_moments, ctx.eps = gradient_moments, eps
+        return F.batch_norm(x, torch.zeros_like(chi2), chi2, gamma * r, beta, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, gamma, chi2, r, slot, averages = ctx.saved_tensors
+        inverse = (chi2 + ctx.eps).rsqrt()
+        _, dy_z, dbeta = torch.ops.aten.native_batch_norm_backward(  # sums of dy z and of dy
+            dy, x, gamma, None, None, torch.zeros_like(chi2), inverse, True, ctx.eps,
+            [False, True, True],
+        )  # fmt: skip
+        psi = gamma * r * dy_z / (x.numel() // len(chi2))
+        ctx.gradient_moments.index_copy_(0, slot, psi.to(ctx.gradient_moments)[None])
+        psi = torch.where(averages, ctx.gradient_moments.mean(0).to(psi), psi)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy * _column(gamma * r * inverse, dy)
+            dx.addcmul_(x, _column(inverse.square() * psi, x), value=-1)
+        return dx, r * dy_z, dbeta, *[None] * 6
+
+
+def _column(v: Tensor, like: Tensor) -> Tensor:
+    return v.to(like.dtype).view(1, -1, 1, 1)
+
+
+class MovingAverageBatchNorm2d(PeerBatchNorm2d):
+    """y = gamma r z + beta,   z = x / sqrt(chi2 + eps),   dx = (g - z psi) / sqrt(chi2 + eps)
+
+        chi2 = the mean of mean(x^2) over the last `window` batches
+        psi  = the mean of mean(g z) over the last `window` batches,   g = gamma r dy
+        r    = clip(sqrt((chi2 + eps) / (running_var + eps)), 1/r_max, r_max), a constant
+
+    and in eval mode y = gamma x / sqrt(running_var + eps) + beta. running_var is the exponential
+    moving average of chi2, before this batch enters it where r is computed; running_mean stays 0.
+    No mean is subtracted. Instead the convolution before the norm centralizes its weight: call
+    `link_mabn(model)` when the model is built. A layer called several times in a forward pass
+    counts each call as a batch.
+
+    State: `PeerBatchNorm2d`'s and both windows. A BatchNorm2d that loads it (`strict=False`) is the
+    same map in eval mode. A BatchNorm2d's state dict loads, but MABN cannot continue where
+    BatchNorm stood: the means are dropped, with a warning, and the schedule starts at step 0.
+
+    Args:
+        num_features, eps, affine: as BatchNorm2d's.
+        momentum: of running_var. 0.02 is the paper's.
+        window: batches averaged over; the paper's 32 images are 16 batches of 2.
+        warmup_steps: training-mode calls of this layer normalized by their own chi2 and psi; not
+            less than `window` are.
+        renorm_steps: calls with r = 1; not less than `warmup_steps` are.
+        r_max: the clip of r.
+
+    Raises:
+        ValueError: `window` < 1, a number of steps < 0, or r_max < 1.
+        LinkError: in a forward pass in training mode: the layer was not linked.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.02,
+        affine: bool = True,
+        window: int = 16,
+        warmup_steps: int = 100,
+        renorm_steps: int = 1000,
+        r_max: float = 5.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        check_steps(window=window, warmup_steps=warmup_steps, renorm_steps=renorm_steps)
+        if window < 1:
+            raise ValueError("window must be an integer >= 1, not 0")
+        if not isinstance(r_max, int | float) or not r_max >= 1:
+            raise ValueError(f"r_max must be a number >= 1, not {r_max!r}")
+        super().__init__(num_features, eps, momentum, affine, device, dtype)
+        self.window, self.r_max = window, r_max
+        self.warmup_steps, self.renorm_steps = warmup_steps, renorm_steps
+        empty = self.running_var.new_zeros(window, num_features)
+        self.register_buffer("second_moments", empty)
+        self.register_buffer("gradient_moments", empty.clone())
+        self.slot: str | None = None  # this layer's name in the model, once linked
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"window={self.window}, warmup_steps={self.warmup_steps}, "
+            f"renorm_steps={self.renorm_steps}, r_max={self.r_max}"
+        )
+
+    def normalize(self, x: Tensor) -> Tensor:
+        if self.slot is None:
+            raise LinkError(
+                "a MovingAverageBatchNorm2d was not linked to the convolution before it: call "
+                "refbn_d2.layers.peers.link_mabn(model) when the model is built."
+            )
+        with torch.no_grad():
+            mean, var = batch_moments(x)
+            chi2 = var + mean.square()
+            slot = (self.steps % self.window).view(1)
+            self.second_moments.index_copy_(0, slot, chi2.to(self.second_moments)[None])
+            averages = self.steps > max(self.window, self.warmup_steps - 1)
+            chi2 = torch.where(averages, self.second_moments.mean(0).to(chi2), chi2)
+            r = ((chi2 + self.eps) / (self.running_var + self.eps)).sqrt()
+            r = r.clamp(1 / self.r_max, self.r_max)
+            renorm = self.steps > max(self.renorm_steps, self.warmup_steps)
+            r = torch.where(renorm, r, torch.ones_like(r))
+            factor = self.average_factor()
+            self.running_var.mul_(1 - factor).add_(factor * chi2)
+        if self.affine:
+            gamma, beta = self.weight.to(chi2.dtype), self.bias.to(chi2.dtype)
+        else:
+            gamma, beta = torch.ones_like(chi2), torch.zeros_like(chi2)
+        return _Normalize.apply(
+            x, gamma, beta, chi2, r, self.gradient_moments, slot, averages, self.eps
+        )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        windows = {name: getattr(self, name) for name in ("second_moments", "gradient_moments")}
+        if any(prefix + name not in state_dict for name in windows):
+            for name, buffer in windows.items():
+                state_dict[prefix + name] = torch.zeros_like(buffer)
+            state_dict[prefix + "steps"] = torch.zeros_like(self.steps)
+            mean = state_dict.get(prefix + "running_mean")
+            if mean is not None and mean.any():
+                logger.warning(
+                    "%s: the running means of a BatchNorm are dropped, for MABN subtracts none. "
+                    "Train before you evaluate.",
+                    prefix.rstrip("."),
+                )
+                state_dict[prefix + "running_mean"] = torch.zeros_like(mean)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def link_mabn(model: nn.Module) -> None:
+    """Centralize the weight of the convolution before every MovingAverageBatchNorm2d in `model`
+
+        W <- W - mean(W) over (C_in / groups, kH, kW)
+
+    in each of its forward passes, gradient included. It is done in place now and whenever the
+    model's state dict is asked for: the checkpoint needs no convolution of a special kind.
+
+    Call it once, when the model is built. No module, parameter or state-dict key is added. A model
+    without such norms is left as it is. Copies and pickles of the model stay linked.
+
+    Raises:
+        LinkError: at some norms that cannot be done; they are named.
+    """
+    pairs = preceding_convolutions(model, MovingAverageBatchNorm2d)
+    single = [name for name, (_, conv) in pairs.items() if conv.weight[0].numel() == 1]
+    if single:
+        raise LinkError(
+            f"MovingAverageBatchNorm2d at {', '.join(single)}: the convolution before it has a "
+            "single weight an output, which centralized is 0. Use another norm there (BN, GN)."
+        )
+    for name, (norm, conv) in pairs.items():
+        if norm.slot is None:
+            conv.register_forward_pre_hook(_shadow_weight)
+            conv.register_forward_hook(_unshadow_weight, always_call=True)
+            conv.register_state_dict_pre_hook(_centralize_in_place)
+            _centralize_in_place(conv)
+        norm.slot = name
+
+
+def _centralized(weight: Tensor) -> Tensor:
+    return weight - weight.mean((1, 2, 3), keepdim=True)
+
+
+def _shadow_weight(conv: nn.Module, inputs: tuple) -> None:
+    # An instance attribute goes before the registered parameter, which stays where it is.
+    conv.__dict__["weight"] = _centralized(conv._parameters["weight"])
+
+
+def _unshadow_weight(conv: nn.Module, inputs: tuple, output: object) -> None:
+    conv.__dict__.pop("weight", None)
+
+
+@torch.no_grad()
+def _centralize_in_place(conv: nn.Module, prefix: str = "", keep_vars: bool = False) -> None:
+    # Outputs and steps of SGD stay as they were, but for rounding: gradients are centralized.
+    # A mean that is rounding alone stays, so that asking for the state changes nothing twice.
+    weight = conv._parameters["weight"]
+    mean = weight.mean((1, 2, 3), keepdim=True)
+    rounding = 8 * torch.finfo(weight.dtype).eps * weight.abs().mean((1, 2, 3), keepdim=True)
+    weight.sub_(torch.where(mean.abs() > rounding, mean, 0))

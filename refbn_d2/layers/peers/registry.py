@@ -1,0 +1,57 @@
+"""The peers by the name that a config gives them."""
+
+from torch import nn
+
+from refbn_d2.layers.peers.base import PeerBatchNorm2d
+from refbn_d2.layers.peers.batch_renorm import BatchRenorm2d
+from refbn_d2.layers.peers.cross_iteration_bn import CrossIterationBatchNorm2d, link_cbn
+from refbn_d2.layers.peers.moving_average_bn import MovingAverageBatchNorm2d, link_mabn
+
+PEERS: dict[str, type[PeerBatchNorm2d]] = {
+    "BRN": BatchRenorm2d,
+    "CBN": CrossIterationBatchNorm2d,
+    "MABN": MovingAverageBatchNorm2d,
+}
+
+
+def peer_options(name: str, total_steps: int) -> dict[str, float]:
+    """Return the schedule of the peer `name` for a run of `total_steps` steps, as its arguments.
+
+    The papers' schedules, scaled down for shorter runs:
+        BRN    The clips open over a quarter of the run (40,000 steps of about 160,000 in the
+               paper). The running statistics average over a fortieth of that ramp, but over no
+               less than 10 and no more than 100 steps; 100 is the paper's.
+        CBN    The authors' burn-in of 8 steps: nothing to scale.
+        MABN   The authors' 100 steps of warm-up and 1,000 with r = 1, but no more than a quarter
+               of the run each. Averages over the first steps, where weights move fast, diverge.
+
+    Raises:
+        ValueError: `name` is no peer.
+    """
+    if name not in PEERS:
+        raise ValueError(f"unknown peer norm {name!r}; known: {', '.join(PEERS)}")
+    if name == "BRN":
+        ramp = total_steps // 4
+        return {"ramp_steps": ramp, "momentum": min(max(40 / max(ramp, 1), 0.01), 0.1)}
+    if name == "MABN":
+        quarter = total_steps // 4
+        return {"warmup_steps": min(quarter, 100), "renorm_steps": min(quarter, 1000)}
+    return {}
+
+
+def prepare_peers(model: nn.Module, total_steps: int) -> None:
+    """Prepare the peer norms of a built model for a run of `total_steps` steps.
+
+    They get the schedules of `peer_options`, and the convolutions that they need (`link_cbn`,
+    `link_mabn`). Nothing happens in a model that has no peer norm.
+
+    Raises:
+        LinkError: a norm has no convolution before it that it can be given; it is named.
+    """
+    for layer in model.modules():
+        for name, peer in PEERS.items():
+            if isinstance(layer, peer):
+                for option, value in peer_options(name, total_steps).items():
+                    setattr(layer, option, value)
+    link_cbn(model)
+    link_mabn(model)

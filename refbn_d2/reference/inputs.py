@@ -1,0 +1,96 @@
+"""How reference images get into a model: inferred for the models that people have."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from refbn_d2.reference.detection import image_rows, transformed_rows
+
+Sample = Any  # what the training pipeline gives for one image
+
+
+class Inputs(NamedTuple):
+    """`forward`, `concat_to` and `rows` of `ReferenceBatch`."""
+
+    forward: Callable[[list[Sample]], Any]
+    concat_to: nn.Module | None
+    rows: Callable[[list[Sample], Tensor], Tensor] | None
+
+    @property
+    def can_concat(self) -> bool:
+        return self.concat_to is not None and self.rows is not None
+
+
+def infer_inputs(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    concat_to: nn.Module | None = None,
+    rows: Callable[[list[Sample], Tensor], Tensor] | None = None,
+) -> Inputs:
+    """Return how `samples` are run by `model`; `concat_to` and `rows` stay, where given.
+
+    Known are images (C, H, W) of one size, which are stacked (a classifier, or any model that takes
+    a batch); dicts with "image", for a detector with Detectron2's `pixel_mean` and `backbone`; and
+    (image, target) for torchvision's detectors. Anything else goes to the model as a list, and can
+    only be a slice of its own ("slice").
+    """
+    first = samples[0]
+    if isinstance(first, Tensor):
+
+        def stack(samples: list[Tensor], batch: Tensor | None = None) -> Tensor:
+            device = next(model.parameters()).device
+            return torch.stack(samples).to(device)
+
+        inferred = Inputs(lambda samples: model(stack(samples)), model, stack)
+    elif isinstance(first, Mapping) and hasattr(model, "pixel_mean"):
+        inferred = Inputs(model, getattr(model, "backbone", None), image_rows(model))
+    elif isinstance(first, Sequence) and hasattr(model, "transform"):
+
+        def forward(samples: list[tuple[Tensor, dict]]) -> Any:
+            device = next(model.parameters()).device
+            images, targets = zip(*samples, strict=True)
+            return model(
+                [image.to(device) for image in images],
+                [{name: value.to(device) for name, value in t.items()} for t in targets],
+            )
+
+        inferred = Inputs(forward, getattr(model, "backbone", None), transformed_rows(model))
+    else:
+        inferred = Inputs(model, None, None)
+    return Inputs(
+        inferred.forward,
+        inferred.concat_to if concat_to is None else concat_to,
+        inferred.rows if rows is None else rows,
+    )
+
+
+def without_last_rows(output: Any, k: int) -> Any:
+    """Drop the last k rows of every tensor in a module's output.
+
+    Raises:
+        TypeError: the output holds something that is no tensor, None, mapping, sequence, named
+            tuple or dataclass; names its type.
+    """
+    if output is None:
+        return None
+    if isinstance(output, Tensor):
+        return output[:-k]
+    if isinstance(output, Mapping):
+        parts = {key: without_last_rows(value, k) for key, value in output.items()}
+        container: Any = type(output)  # an OrderedDict, or a mapping of somebody's own
+        return container(parts)
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(*(without_last_rows(value, k) for value in output))
+    if isinstance(output, tuple | list):
+        return type(output)(without_last_rows(value, k) for value in output)
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        names = [field.name for field in dataclasses.fields(output)]
+        parts = {name: without_last_rows(getattr(output, name), k) for name in names}
+        return dataclasses.replace(output, **parts)
+    raise TypeError(
+        f"The module that the slice was appended to returns a {type(output).__name__}, of which no "
+        'rows can be dropped; set MODEL.REFBN.REFRESH "slice".'
+    )
