@@ -5,6 +5,7 @@ import json
 import math
 import platform
 import shlex
+import signal
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -53,6 +54,7 @@ def measure(args: argparse.Namespace) -> None:
             for stage in job.stages:
                 print(stage.shown())
         return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with locked(folder):
         check_study(study, folder)
         runner = Runner(jobs, args.jobs)

@@ -79,7 +79,11 @@ def _one(plan: Plan, job: Job, gpus: list[str]) -> tuple[float, float]:
         process = subprocess.Popen(
             stage.command(), stdout=file, stderr=subprocess.STDOUT, env=environment
         )
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # the study is stopped
+            process.terminate()
+            raise
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise ChildProcessError(
