@@ -7,7 +7,7 @@ import platform
 import shlex
 import signal
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,12 @@ from refbn_d2.study.report import About, drawn, html, markdown
 from refbn_d2.study.results import Row, write_csv
 from refbn_d2.study.runner import Record, Runner, locked
 from refbn_d2.study.spec import Study, load_study
+from refbn_d2.study.tables import table_of
 from refbn_d2.study.timing import measure_timing
 from refbn_d2.utils.errors import ConfigError
 from refbn_d2.utils.file_io import write_text
 from refbn_d2.visualization.curves import compare_curves
+from refbn_d2.visualization.intervals import plot_intervals
 
 NAN = float("nan")
 
@@ -141,7 +143,7 @@ def write_results(plan: Plan, folder: Path, costs: Mapping[str, Mapping]) -> Non
     }  # fmt: skip
     write_text(folder / "results.json", json.dumps(_without_nan(content), indent=1))
     write_text(folder / "results.md", markdown(rows, about, level=1))
-    write_text(folder / "report.html", html(rows, about, _curves(plan), resampled))
+    write_text(folder / "report.html", html(rows, about, _pictures(plan, rows), resampled))
     _say(f"{len(rows)} rows: {folder / 'results.csv'}; the report: {folder / 'report.html'}")
 
 
@@ -156,9 +158,18 @@ def _cost_rows(study: Study, costs: Mapping[str, Mapping]) -> Iterable[Row]:
                 )  # fmt: skip
 
 
-def _curves(plan: Plan) -> dict[str, str]:
-    """condition -> the losses of the first seed that all norms have, as a data URL."""
+def _pictures(plan: Plan, rows: Sequence[Row]) -> dict[str, str]:
+    """title -> data URL: the means of each metric, and the losses of one seed a condition."""
     pictures = {}
+    for metric in plan.study.evaluate.metrics:
+        table = table_of(rows, metric, plan.study.baseline)
+        groups: dict[str, dict] = {}
+        for (norm, condition), cell in table.cells.items():
+            if cell.estimate:
+                groups.setdefault(condition, {})[norm] = cell.estimate[:2]
+        if groups:
+            title = f"{metric}: means over the seeds, and their 95 % intervals"
+            pictures[title] = drawn(partial(plot_intervals, groups, metric))
     for condition in plan.study.conditions:
         for seed in plan.study.seeds:
             files = {
