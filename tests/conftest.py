@@ -59,3 +59,10 @@ def detectron2_cfg(tiny_cfg):
     cfg = config.get_cfg()
     cfg.merge_from_other_cfg(config.CfgNode.load_cfg(tiny_cfg.dump()))
     return cfg
+
+
+@pytest.fixture
+def config_file(tiny_cfg, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(tiny_cfg.dump())
+    return path

@@ -3,21 +3,22 @@
     corrupt(image, name, severity, seed) -> image    uint8 RGB in and out, of the same shape
 
 After Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
-Perturbations" (ICLR 2019, section 3 and appendix B), and Michaelis et al., "Benchmarking Robustness
-in Object Detection" (2019), who apply them to pictures of any size. The code is our own. Compare
-results with each other, not with published numbers, because of these differences:
+Perturbations" (ICLR 2019), and Michaelis et al., "Benchmarking Robustness in Object Detection"
+(2019), who apply them to pictures of any size. The code is our own. Compare results with each
+other, not with published numbers, because of these differences:
 
-- frost: the authors blend photographs of ice. We draw a texture of clouds and crossed needles.
+- frost: the authors blend photographs of ice. We draw a texture of clouds and stars of needles.
 - glass_blur: every pixel takes the value of a random neighbor; the authors swap pixels in sequence.
 - motion_blur: the kernel is centered, so that objects stay inside their annotated boxes.
-- elastic_transform: local displacement with a length that grows with the severity; ImageNet-C mixes
-  wide with local displacement, and its severity 3 is weaker than its severity 2.
+- elastic_transform: local displacement only; the authors also move the whole picture by a random
+  affine map.
+- zoom_blur: the unmoved picture counts once in the mean; the authors count it twice.
 
 Severities: a picture whose shorter side is under 96 pixels takes those for small pictures (after
 CIFAR-10-C, 32 pixels); any other takes those for large pictures (after ImageNet-C, 224 pixels).
-Lengths are pixels and do not grow further with the picture, as in Michaelis et al. We changed the
-parameters where a severity was not stronger than the one before it: snow, frost, glass_blur,
-defocus_blur, motion_blur, elastic_transform, pixelate.
+Lengths are pixels and do not grow further with the picture. Some parameters of snow, frost,
+glass_blur, motion_blur, defocus_blur and pixelate, and all of elastic_transform, are our own: with
+the authors', some severities came out no stronger than the one before.
 
 The five severities of one seed share one random pattern, so that only its strength differs.
 

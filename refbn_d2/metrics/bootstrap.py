@@ -19,7 +19,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from refbn_d2.metrics.coco_ap import _check, _complete, _load, _stdout_to_log
+from refbn_d2.metrics.coco_ap import check_results, complete_truth, load_results, stdout_to_log
 from refbn_d2.utils.errors import DataError
 
 
@@ -47,9 +47,14 @@ class Matches(NamedTuple):
         Args:
             counts: (N,) how often each image counts; None: once.
             iou: one of the thresholds, .50, .55, ... .95; None: the mean over all.
+
+        Raises:
+            DataError: `iou` is none of the thresholds.
         """
         counts = np.ones(len(self.image_ids)) if counts is None else np.asarray(counts, float)
         chosen = slice(None) if iou is None else np.isclose(self.thresholds, iou)
+        if iou is not None and not chosen.any():
+            raise DataError(f"IoU threshold {iou} is not among {self.thresholds.round(2).tolist()}")
         precisions = [self._precision(c, counts, chosen) for c in self.classes]
         defined = [p for p in precisions if p is not None]
         return 100 * float(np.mean(defined)) if defined else float("nan")
@@ -93,13 +98,13 @@ def match_images(
     """
     if not os.path.isfile(json_file):
         raise FileNotFoundError(f"{json_file}: there is no such annotation file.")
-    with _stdout_to_log():
+    with stdout_to_log():
         truth = COCO(os.fspath(json_file))
     image_ids = sorted(set(truth.getImgIds() if image_ids is None else image_ids))
-    _check(json_file, truth, results, [iou_type], None, image_ids)
-    _complete(truth)
-    with _stdout_to_log():
-        evaluator = COCOeval(truth, _load(truth, results, iou_type), iou_type)
+    check_results(json_file, truth, results, [iou_type], None, image_ids)
+    complete_truth(truth)
+    with stdout_to_log():
+        evaluator = COCOeval(truth, load_results(truth, results, iou_type), iou_type)
         evaluator.params.maxDets = [max_dets]
         evaluator.params.imgIds = image_ids
         evaluator.params.areaRng = evaluator.params.areaRng[:1]  # all sizes

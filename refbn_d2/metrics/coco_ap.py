@@ -62,18 +62,18 @@ def evaluate(
     """
     if not os.path.isfile(json_file):
         raise FileNotFoundError(f"{json_file}: there is no such annotation file.")
-    with _stdout_to_log():
+    with stdout_to_log():
         truth = COCO(os.fspath(json_file))
     image_ids = sorted(truth.getImgIds() if image_ids is None else image_ids)
-    _check(json_file, truth, results, iou_types, class_names, image_ids)
-    _complete(truth)
+    check_results(json_file, truth, results, iou_types, class_names, image_ids)
+    complete_truth(truth)
     if not results:
         logger.warning("There is not one detection to evaluate on %s: AP is 0.", json_file)
 
     metrics = {}
     for iou_type in iou_types:
-        with _stdout_to_log():
-            evaluator = COCOeval(truth, _load(truth, results, iou_type), iou_type)
+        with stdout_to_log():
+            evaluator = COCOeval(truth, load_results(truth, results, iou_type), iou_type)
             evaluator.params.maxDets = [max_dets]
             evaluator.params.imgIds = image_ids
             evaluator.evaluate()
@@ -97,14 +97,14 @@ def _mean(precision: np.ndarray) -> float:
 
 
 @contextlib.contextmanager
-def _stdout_to_log():
+def stdout_to_log():
     """pycocotools prints; send it where every other message goes."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         yield
     logger.debug("%s", printed.getvalue().strip())
 
 
-def _check(
+def check_results(
     json_file: str | os.PathLike,
     truth: COCO,
     results: Sequence[Mapping],
@@ -150,7 +150,7 @@ def _check(
                 )
 
 
-def _complete(truth: COCO) -> None:
+def complete_truth(truth: COCO) -> None:
     """Fill in what one's own files often lack, and COCOeval takes for granted.
 
     It takes an object with id 0 for none, and two of one id for one: number them anew from 1.
@@ -163,11 +163,11 @@ def _complete(truth: COCO) -> None:
                 annotation["area"] = float(pycocotools.mask.area(truth.annToRLE(annotation)))
             else:
                 annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
-    with _stdout_to_log():
+    with stdout_to_log():
         truth.createIndex()
 
 
-def _load(truth: COCO, results: Sequence[Mapping], iou_type: str) -> COCO:
+def load_results(truth: COCO, results: Sequence[Mapping], iou_type: str) -> COCO:
     """The detections as a COCO set; masks without their boxes, for areas would be the boxes'."""
     if not results:
         detections = COCO()

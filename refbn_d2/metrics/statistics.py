@@ -133,12 +133,12 @@ class UnderCorruption(NamedTuple):
     rpc: float | None  # in percent; None where the clean performance is 0
 
 
-def performance_under_corruption(
+def mean_performance_under_corruption(
     clean: float, corrupted: Mapping[str, Sequence[float] | Mapping[int, float]]
 ) -> UnderCorruption:
     """mPC = mean over corruptions of the mean over severities;  rPC = 100 mPC / clean
 
-    Michaelis et al., "Benchmarking Robustness in Object Detection" (2019), section 3.2. Give a
+    Michaelis et al., "Benchmarking Robustness in Object Detection" (2019). Give a
     metric that is better when it is higher: AP or accuracy, not an error.
 
     Args:

@@ -1,4 +1,3 @@
-import functools
 import logging
 import re
 
@@ -11,103 +10,19 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from refbn_d2.checkpoint.convert import NORMS, convert, identify, pack
 from refbn_d2.checkpoint.files import load_checkpoint, save_checkpoint
 from refbn_d2.checkpoint.names import torchvision_to_detectron2
-from refbn_d2.layers import RefBatchNorm2d
 from refbn_d2.utils.errors import CheckpointError
-
-NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d"]
-NAMES += ["resnext101_32x8d", "wide_resnet50_2"]
-FROZEN = ["weight", "bias", "running_mean", "running_var"]
-REFERENCE = ["ref_mean", "ref_var", "ref_count"]
-TENSORS = {
-    "FrozenBN": FROZEN,
-    "BN": [*FROZEN, "num_batches_tracked"],
-    "RefBN": [*FROZEN, "num_batches_tracked", *REFERENCE],
-}
-
-
-@functools.cache
-def keys(name, norm):
-    """The names and shapes of torchvision's own model with that norm."""
-    layer = {"FrozenBN": torchvision.ops.FrozenBatchNorm2d, "GN": lambda c: nn.GroupNorm(32, c)}
-    with torch.device("meta"):
-        model = torchvision.models.get_model(name, norm_layer=layer.get(norm), num_classes=7)
-    if norm == "RefBN":
-        convert_to_refbn_without_data(model)
-    return {n: (tuple(t.shape), t.dtype) for n, t in model.state_dict().items()}
-
-
-def convert_to_refbn_without_data(model):
-    for m in list(model.modules()):
-        for child_name, child in list(m.named_children()):
-            if isinstance(child, nn.BatchNorm2d):
-                m.register_module(child_name, RefBatchNorm2d(child.num_features, device="meta"))
-
-
-def numbered(name, norm="BN"):
-    """A state dict in which every tensor is one number of its own, of no memory to speak of."""
-    return {
-        key: torch.tensor(i, dtype=dtype).expand(shape)
-        for i, (key, (shape, dtype)) in enumerate(keys(name, norm).items(), start=1)
-    }
-
-
-def small(norm="BN"):
-    """The state dict of a ResNet-18 with random numbers everywhere."""
-    return dict(_small(norm))
-
-
-@functools.cache
-def _small(norm):
-    generator = torch.Generator().manual_seed(0)
-    return {
-        key: (torch.rand(shape, generator=generator) + 0.5).to(dtype)
-        for key, (shape, dtype) in keys("resnet18", norm).items()
-    }
-
-
-def converted(state, to, norm=None, **options):
-    return convert(identify({"model": state}, "a.pth"), to, norm, **options)
-
-
-def detectron2_names(state):
-    return {torchvision_to_detectron2(name): tensor for name, tensor in state.items()}
-
-
-def detector(norm="RefBN", stages=(2, 3, 4, 5), fpn=True, heads=True):
-    """Tensors by the names of a Mask R-CNN, or of a C4 model (`fpn=False`): a ResNet-18 in it."""
-    state = {}
-    for name, tensor in detectron2_names(small(norm)).items():
-        if name.startswith("linear") or (name[:3] == "res" and int(name[3]) not in stages):
-            continue
-        place = "backbone.bottom_up." if fpn else "backbone."
-        state[("roi_heads." if not fpn and name.startswith("res5") else place) + name] = tensor
-    generator = torch.Generator().manual_seed(1)
-
-    def conv(name, *shape, own_norm=norm):
-        state[f"{name}.weight"] = torch.rand(shape, generator=generator)
-        for tensor in TENSORS.get(own_norm, FROZEN[:2] if own_norm == "GN" else []):
-            value = torch.rand(shape[0], generator=generator) + 0.5
-            scalar = tensor in ("num_batches_tracked", "ref_count")
-            state[f"{name}.norm.{tensor}"] = torch.tensor(9) if scalar else value
-        if own_norm == "":
-            state[f"{name}.bias"] = torch.rand(shape[0], generator=generator)
-
-    if fpn:
-        conv("backbone.fpn_lateral2", 8, 64, 1, 1)
-    conv("proposal_generator.rpn_head.conv", 8, 8, 3, 3, own_norm="")
-    if heads:
-        conv("roi_heads.box_head.conv1", 8, 8, 3, 3)
-        conv("roi_heads.mask_head.mask_fcn1", 8, 8, 3, 3, own_norm="GN")
-    return state
-
-
-def assert_same(state, expected):
-    assert list(state) == list(expected)
-    for name, tensor in state.items():
-        other = expected[name]
-        same = tensor is other or (tensor.dtype == other.dtype and torch.equal(tensor, other))
-        assert same, name
-
+from tests.checkpoint.resnet_states import (
+    FROZEN,
+    NAMES,
+    TENSORS,
+    assert_same,
+    converted,
+    detector,
+    detectron2_names,
+    keys,
+    numbered,
+    small,
+)
 
 # ---- there and back
 
@@ -427,96 +342,3 @@ def test_timms_resnet26_and_slim_ones_are_errors():
         state = timm.create_model("resnet26").state_dict()
     with pytest.raises(CheckpointError, match="2 2 2 2 blocks of 3 convolutions"):
         identify({"model": state}, "a.pth")
-
-
-# ---- Detectron2
-
-
-def detectron2s_resnet(norm, freeze_at=0, name="resnet18"):
-    from detectron2.config import get_cfg
-    from detectron2.layers import ShapeSpec
-    from detectron2.modeling.backbone import build_resnet_backbone
-
-    cfg = get_cfg()
-    cfg.MODEL.RESNETS.DEPTH = int(name[-2:])
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
-    cfg.MODEL.RESNETS.NORM = norm
-    cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
-    cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
-    return build_resnet_backbone(cfg, ShapeSpec(channels=3))
-
-
-@pytest.mark.detectron2
-@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
-@pytest.mark.parametrize("place", ["", "backbone.bottom_up."])
-@pytest.mark.parametrize("source", ["RefBN", "BN", "FrozenBN"])
-@pytest.mark.parametrize(
-    "norm, model_norm, freeze_at",
-    [("BN", "BN", 0), ("BN", "BN", 3), ("FrozenBN", "FrozenBN", 2), ("folded", "FrozenBN", 0)],
-)
-def test_stock_detectron2_loads_it_in_silence(
-    source, norm, model_norm, freeze_at, place, suffix, tmp_path, caplog
-):
-    pytest.importorskip("detectron2")
-    from detectron2.checkpoint import DetectionCheckpointer
-
-    state = converted(small(source), "detectron2", norm)
-    path = tmp_path / f"a{suffix}"
-    save_checkpoint(pack(state, "detectron2", suffix), path)
-    model = root = detectron2s_resnet(model_norm, freeze_at)
-    for name in place.split(".")[-2::-1]:
-        root = nn.ModuleDict({name: root})
-    caplog.set_level(logging.INFO)
-    DetectionCheckpointer(root).load(str(path))
-    assert caplog.records and not [r for r in caplog.records if r.levelno > logging.INFO]
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("linear")}
-    assert sorted(model.state_dict()) == sorted(state)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, state[name]), name
-
-
-@pytest.mark.detectron2
-def test_stock_detectron2_loads_a_backbone_into_a_mask_rcnn(tmp_path, caplog):
-    pytest.importorskip("detectron2")
-    from detectron2.checkpoint import DetectionCheckpointer
-    from detectron2.config import get_cfg
-    from detectron2.modeling import build_model
-
-    cfg = get_cfg()
-    stages = ["res2", "res3", "res4", "res5"]
-    cfg.merge_from_list(
-        [
-            "MODEL.DEVICE", "cpu", "MODEL.MASK_ON", True, "MODEL.RESNETS.DEPTH", 18,
-            "MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.OUT_FEATURES", stages,
-            "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.FPN.IN_FEATURES", stages,
-            "MODEL.FPN.OUT_CHANNELS", 16, "MODEL.RPN.IN_FEATURES", ["p2", "p3", "p4", "p5", "p6"],
-            "MODEL.ROI_HEADS.NAME", "StandardROIHeads",
-            "MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p3", "p4", "p5"],
-            "MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead", "MODEL.ROI_BOX_HEAD.NUM_FC", 1,
-            "MODEL.ROI_BOX_HEAD.FC_DIM", 16, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16,
-            "MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]],
-        ]
-    )  # fmt: skip
-    state = converted(small(), "detectron2", "FrozenBN")
-    save_checkpoint(pack(state, "detectron2", ".pkl"), tmp_path / "a.pkl")
-    model = build_model(cfg)
-    DetectionCheckpointer(model).load(str(tmp_path / "a.pkl"))
-    warned = [r.getMessage() for r in caplog.records if r.levelno > logging.INFO]
-    assert len(warned) == 1 and "not found in the checkpoint" in warned[0]
-    assert "bottom_up" not in warned[0] and "fpn_lateral2" in warned[0]
-    for name, tensor in model.backbone.bottom_up.state_dict().items():
-        assert torch.equal(tensor, state[name]), name
-
-
-@pytest.mark.detectron2
-def test_stock_detectron2_would_have_loaded_nothing_of_it_before(tmp_path, caplog):
-    """The test of silence can fail: with torchvision's own file, and with a classifier's."""
-    pytest.importorskip("detectron2")
-    from detectron2.checkpoint import DetectionCheckpointer
-
-    for number, state in enumerate((small(), detectron2_names(small()))):
-        path = tmp_path / f"{number}.pth"
-        save_checkpoint({"model": state, "matching_heuristics": True}, path)
-        caplog.clear()
-        DetectionCheckpointer(detectron2s_resnet("BN")).load(str(path))
-        assert [r for r in caplog.records if r.levelno > logging.INFO]

@@ -102,7 +102,8 @@ def test_any_shape(name):
     ]:
         picture = np.full(shape, 130, np.uint8)
         for severity in (1, 5):
-            got = corrupt(picture, name, severity, 0)
+            with np.errstate(all="raise"):
+                got = corrupt(picture, name, severity, 0)
             assert (got.shape, got.dtype) == (shape, np.uint8)
             if name.endswith(("blur", "_transform", "pixelate", "contrast")):
                 assert np.abs(got.astype(int) - 130).max() <= 1  # a plain picture stays plain
@@ -192,6 +193,15 @@ def test_contrast_and_pixelate_by_hand():
     assert (blocks == blocks[:, :1, :, :1]).all()
     mean = scene(100).reshape(25, 4, 25, 4, 3).mean(axis=(1, 3))
     assert np.abs(blocks[:, 0, :, 0] - mean).max() <= 0.51
+
+
+def test_fog_and_snow_by_their_extremes():
+    """Clouds span 0-1, so that fog of a plain x spans x^2 / (x + thickness) to x."""
+    fog = corrupt(np.full((120, 100, 3), 204, np.uint8), "fog", 1, 0)
+    assert fog.min() == round(255 * 0.8**2 / (0.8 + 1.5)) and fog.max() == 204
+    snow = corrupt(np.full((120, 100, 3), 51, np.uint8), "snow", 1, 0)
+    bleached = 0.8 * 0.2 + 0.2 * (1.5 * 0.2 + 0.5)  # between the flakes
+    assert snow.min() == round(255 * bleached) and snow.max() > 200
 
 
 def test_small_pictures_take_small_severities():

@@ -105,6 +105,8 @@ def test_arguments_of_evaluate(tmp_path, dataset):
     assert matches.ap() != pytest.approx(match_images(path, results, image_ids=some).ap(), abs=0.1)
     with pytest.raises(FileNotFoundError, match="no.json"):
         match_images(tmp_path / "no.json", results)
+    with pytest.raises(DataError, match=r"0.52 is not among \[0.5, 0.55"):
+        matches.ap(iou=0.52)
     with pytest.raises(ValueError, match="which .*a.json does not have"):
         match_images(path, [{**results[0], "image_id": 1}])
 

@@ -9,8 +9,8 @@ import pytest
 from refbn_d2.metrics.statistics import (
     holm,
     mean_interval,
+    mean_performance_under_corruption,
     paired_difference,
-    performance_under_corruption,
     steps_to,
 )
 from refbn_d2.utils.errors import DataError
@@ -108,10 +108,10 @@ def test_holm_by_hand():
 
 def test_performance_under_corruption_by_hand():
     corrupted = {"fog": [30, 20, 10, 5, 0], "snow": {5: 3, 4: 6, 3: 9, 2: 12, 1: 15}}
-    mpc, rpc = performance_under_corruption(40, corrupted)
+    mpc, rpc = mean_performance_under_corruption(40, corrupted)
     assert mpc == pytest.approx((13 + 9) / 2)
     assert rpc == pytest.approx(100 * 11 / 40)
-    assert performance_under_corruption(0, {"fog": [0]}) == (0, None)
+    assert mean_performance_under_corruption(0, {"fog": [0]}) == (0, None)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_performance_under_corruption_by_hand():
 )
 def test_bad_corruption_results(clean, corrupted, message):
     with pytest.raises(DataError, match=message):
-        performance_under_corruption(clean, corrupted)
+        mean_performance_under_corruption(clean, corrupted)
 
 
 def test_steps_to():

@@ -1,52 +1,17 @@
 import hashlib
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from pycocotools import mask as mask_api
-from pycocotools.coco import COCO
 
-import refbn_d2
 from refbn_d2.data import shapes
-from refbn_d2.data.shapes import CLASSES, DOMAINS, dataset, drawing
-from refbn_d2.data.shapes.__main__ import main
+from refbn_d2.data.shapes import CLASSES, DOMAINS, drawing
+from tests.data.shapes.helpers import SIZE
 
-SIZE = (128, 128)
-SMALL = {"seed": 3, "num_train": 28, "num_val": 14}
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return shapes.make_detection(tmp_path_factory.mktemp("small"), **SMALL)
-
-
-@pytest.fixture(scope="module")
-def scenes():
-    return [shapes.draw_detection(7, "train", i, SIZE) for i in range(140)]
-
-
-def load(folder, name="val"):
-    return json.loads((folder / "annotations" / f"instances_{name}.json").read_text())
-
-
-def files(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def command(root, *more):
-    env = {**os.environ, "PYTHONPATH": str(Path(refbn_d2.__file__).parents[1])}
-    argv = [sys.executable, "-m", "refbn_d2.data.shapes", "--root", str(root), "--seed", "3"]
-    argv += ["--train", "28", "--val", "14", *more]
-    return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-# The same on every machine
+# ---- the same on every machine
 
 
 def test_fingerprint():
@@ -77,13 +42,6 @@ def test_tables_are_far_from_rounding_ties():
     assert np.abs(values - np.floor(values) - 0.5).min() > 1e-6
 
 
-def test_files_hold_what_is_drawn(small):
-    for image in load(small)["images"]:
-        scene = shapes.draw_detection(3, "val", image["id"] - 1, SIZE)
-        assert (cv2.imread(str(small / "val" / image["file_name"])) == scene.image).all()
-        assert image["domain"] == scene.domain
-
-
 def test_seeds_splits_and_images_differ():
     draws = [(0, "train", 0), (1, "train", 0), (0, "val", 0), (0, "train", 7)]
     images = [shapes.draw_detection(*d, SIZE).image for d in draws]
@@ -91,7 +49,7 @@ def test_seeds_splits_and_images_differ():
     assert len({image.tobytes() for image in images}) == 8
 
 
-# Rasterising and tracing
+# ---- masks and polygons
 
 
 @pytest.mark.parametrize("degrees", [0, 30, 135])
@@ -141,56 +99,7 @@ def test_polygons_of_parts_and_holes():
     assert set(points[5:]) == {(6, 12), (6, 13), (7, 12), (7, 13)} and len(points) == 10
 
 
-# The COCO files
-
-
-def test_coco_loads_and_agrees_with_the_masks(small, capsys):
-    path = small / "annotations" / "instances_val.json"
-    coco = COCO(path)
-    assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(CLASSES)
-    assert coco.getCatIds() == list(range(1, len(CLASSES) + 1))
-    assert len(coco.getImgIds()) == 14 and min(coco.getAnnIds()) == 1
-    for image in coco.loadImgs(coco.getImgIds()):
-        scene = shapes.draw_detection(3, "val", image["id"] - 1, SIZE)
-        found = coco.loadAnns(coco.getAnnIds(image["id"]))
-        assert [a["category_id"] - 1 for a in found] == scene.labels
-        for annotation, mask in zip(found, scene.masks, strict=True):
-            rasterised = coco.annToMask(annotation).astype(bool)
-            assert (rasterised & mask).sum() / (rasterised | mask).sum() == 1
-            assert annotation["area"] == cv2.countNonZero(mask.astype(np.uint8))
-            assert tuple(annotation["bbox"]) == cv2.boundingRect(mask.astype(np.uint8))
-            assert annotation["iscrowd"] == 0
-    info = coco.dataset["info"]
-    assert (info["version"], info["seed"], info["size"]) == (shapes.VERSION, 3, [128, 128])
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_domains_part_the_images(small, split):
-    whole = load(small, split)
-    parts = [load(small, f"{split}_{domain}") for domain in DOMAINS]
-    for key in ("images", "annotations"):
-        rows = sorted((row for part in parts for row in part[key]), key=lambda row: row["id"])
-        assert rows == whole[key]
-    for domain, part in zip(DOMAINS, parts, strict=True):
-        assert {image["domain"] for image in part["images"]} == {domain}
-        assert part["categories"] == whole["categories"]
-
-
-def test_other_sizes(tmp_path):
-    folder = shapes.make_detection(tmp_path, size=(64, 96), num_train=1, num_val=1)
-    (image,) = load(folder)["images"]
-    assert (image["height"], image["width"]) == (64, 96)
-    assert cv2.imread(str(folder / "val" / image["file_name"])).shape == (64, 96, 3)
-
-
-@pytest.mark.parametrize("bad", [{"size": 32}, {"size": (1, 2, 3)}, {"num_val": 0}, {"seed": -1}])
-def test_bad_parameters(tmp_path, bad):
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        shapes.make_detection(tmp_path, **bad)
-    assert not list(tmp_path.iterdir())
-
-
-# What the images show
+# ---- what the images show
 
 
 def test_every_class_size_and_number(scenes):
@@ -310,125 +219,6 @@ def test_colour_tells_nothing_of_the_class():
     assert colour_p_value(colours + leak, labels) < 0.01  # the test would have found it
 
 
-# Making the folder
-
-
-def test_made_once(small):
-    before = {p: p.stat().st_mtime_ns for p in small.rglob("*")}
-    assert shapes.make_detection(small.parent, **SMALL) == small
-    assert {p: p.stat().st_mtime_ns for p in small.rglob("*")} == before
-
-
-def test_default_is_what_shapes_train_means(monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr(dataset, "_make", lambda *args: seen.append(args))
-    shapes.ensure_detection(tmp_path)
-    shapes.make_classification(tmp_path)
-    assert seen == [
-        ("detection", tmp_path, 0, 128, 4000, 500),
-        ("classification", tmp_path, 0, 64, 6000, 1200),
-    ]
-
-
-def test_two_makers_at_once(tmp_path, small):
-    makers = [command(tmp_path), command(tmp_path)]
-    for maker in makers:
-        assert maker.wait() == 0, maker.stderr.read()
-    made = files(tmp_path / "shapes")
-    assert made.pop(Path("contact_sheet.png"))
-    assert made == files(small)  # the same in any process
-    assert os.listdir(tmp_path) == ["shapes"]
-
-
-def test_the_later_maker_discards_its_own(tmp_path, monkeypatch):
-    kind = folder, smallest, write, num_json = dataset._KINDS["detection"]
-    first = []
-
-    def overtaken(folder, info):
-        monkeypatch.setitem(dataset._KINDS, "detection", kind)
-        first.append(shapes.make_detection(tmp_path, **SMALL).stat().st_ino)
-        write(folder, info)
-
-    monkeypatch.setitem(dataset._KINDS, "detection", (folder, smallest, overtaken, num_json))
-    folder = shapes.make_detection(tmp_path, **SMALL)
-    assert [folder.stat().st_ino] == first
-    assert os.listdir(tmp_path) == ["shapes"]
-
-
-def test_interrupted_maker_leaves_nothing(tmp_path, monkeypatch):
-    folder, smallest, write, num_json = dataset._KINDS["detection"]
-
-    def fails(folder, info):
-        write(folder, info)
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(dataset._KINDS, "detection", (folder, smallest, fails, num_json))
-    with pytest.raises(KeyboardInterrupt):
-        shapes.make_detection(tmp_path, **SMALL)
-    assert not list(tmp_path.iterdir())
-
-
-def drop_image(folder):
-    (folder / "train" / "000005.png").unlink()
-
-
-def drop_json(folder):
-    (folder / "annotations" / "instances_val_noise.json").unlink()
-
-
-def age(folder):
-    info = json.loads((folder / "info.json").read_text())
-    (folder / "info.json").write_text(json.dumps({**info, "version": "0"}))
-
-
-@pytest.mark.parametrize("damage", [drop_image, drop_json, age])
-def test_damaged_or_old_folder_is_made_anew(tmp_path, small, caplog, damage):
-    folder = shapes.make_detection(tmp_path, **SMALL)
-    damage(folder)
-    assert files(folder) != files(small)
-    assert shapes.make_detection(tmp_path, **SMALL) == folder
-    assert files(folder) == files(small)
-    assert os.listdir(tmp_path) == ["shapes"]
-    assert "made anew" in caplog.text
-
-
-def test_other_sets_are_not_replaced(small, tmp_path):
-    before = files(small)
-    with pytest.raises(FileExistsError, match=r"seed 3 \(asked for: 0\), .*num_train 28 "):
-        shapes.ensure_detection(small.parent)
-    assert files(small) == before
-    (tmp_path / "shapes").mkdir()
-    (tmp_path / "shapes" / "mine.txt").write_text("precious")
-    with pytest.raises(FileExistsError, match="did not make it"):
-        shapes.make_detection(tmp_path, **SMALL)
-    assert (tmp_path / "shapes" / "mine.txt").read_text() == "precious"
-    (tmp_path / "file").mkdir()
-    (tmp_path / "file" / "shapes").write_text("a file")
-    with pytest.raises(FileExistsError, match="did not make it"):
-        shapes.make_detection(tmp_path / "file", **SMALL)
-
-
-# Classification
-
-
-def test_classification_folder(tmp_path):
-    folder = shapes.make_classification(tmp_path, num_train=84, num_val=12)
-    assert folder == tmp_path / "shapes_cls"
-    found = sorted((folder / "train").glob("*/*.png"), key=lambda p: p.name)
-    assert [p.name[:6] for p in found] == [f"{i:06d}" for i in range(84)]
-    assert sorted(os.listdir(folder / "val")) == sorted(CLASSES)
-    pairs = {(p.parent.name, p.stem[7:]) for p in found}
-    assert pairs == {(name, domain) for name in CLASSES for domain in DOMAINS}
-    for index in (0, 29, 83):
-        name, domain = found[index].parent.name, found[index].stem[7:]
-        scene = shapes.draw_classification(0, "train", index, (64, 64), domain=domain)
-        assert (cv2.imread(str(found[index])) == scene.image).all()
-        assert [CLASSES[label] for label in scene.labels] == [name]
-    found[0].unlink()
-    shapes.make_classification(tmp_path, num_train=84, num_val=12)
-    assert found[0].exists()
-
-
 def test_classification_object_is_large_and_near_the_middle():
     for index in range(60):
         (mask,) = shapes.draw_classification(0, "val", index, (64, 64)).masks
@@ -437,42 +227,3 @@ def test_classification_object_is_large_and_near_the_middle():
             math.hypot(x - 31.5, y - 31.5) < 32
             and max(cv2.boundingRect(mask.view(np.uint8))[2:]) >= 16
         )
-
-
-def test_a_classification_files_name_tells_its_domain(tmp_path):
-    folder = shapes.make_classification(tmp_path, size=32, num_train=84, num_val=1)
-    names = sorted(path.name for path in folder.glob("train/*/*"))
-    turns = [shapes.domain_of(f"some/where/{name}") for name in names[::12]]
-    assert turns == list(shapes.DOMAINS)
-    for other in ("n01440764_10026.JPEG", "plain_7.png", "a_plains.png"):
-        assert shapes.domain_of(other) is None
-
-
-# Command line
-
-
-@pytest.mark.parametrize("more", [[], ["--classification", "--size", "64x48"]])
-def test_command_writes_a_contact_sheet(tmp_path, more, capsys, monkeypatch):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
-    sheet = tmp_path / "pictures" / "sheet.png"
-    main(["--train", "1", "--val", "84", "--contact-sheet", str(sheet), *more])
-    height, width = (64, 48) if more else SIZE
-    assert cv2.imread(str(sheet)).shape == (7 * (2 * height + 2), 90 + 8 * (2 * width + 2), 3)
-    assert os.listdir(sheet.parent) == ["sheet.png"]
-    assert str(sheet) in capsys.readouterr().out
-    assert os.listdir(tmp_path / "data") == ["shapes_cls" if more else "shapes"]
-
-
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--size", "8"], "64 pixels or more"),
-        (["--size", "axb"], "--size"),
-        (["--seed", "4"], "seed 3"),
-    ],
-)
-def test_command_errors(small, capsys, argv, message):
-    with pytest.raises(SystemExit) as error:
-        main(["--root", str(small.parent), "--train", "28", "--val", "14", *argv])
-    assert error.value.code == 2
-    assert message in capsys.readouterr().err

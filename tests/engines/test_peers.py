@@ -1,0 +1,96 @@
+"""BRN, CBN and MABN by name: built, scheduled, linked and trained on both engines."""
+
+import numpy as np
+import pytest
+import torch
+
+from refbn_d2.engines.torchvision.modeling import build_model
+from refbn_d2.layers.peers import PEERS, LinkError
+
+WHERE = (
+    "MODEL.RESNETS.NORM",
+    "MODEL.FPN.NORM",
+    "MODEL.ROI_BOX_HEAD.NORM",
+    "MODEL.ROI_MASK_HEAD.NORM",
+)
+
+
+def with_norm(cfg, name):
+    cfg.merge_from_list([value for key in WHERE for value in (key, name)])
+    cfg.merge_from_list(["SOLVER.MAX_ITER", 40, "MODEL.WEIGHTS", ""])
+    return cfg
+
+
+def picture():
+    x = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    x[:, 16:40, 16:40] = 200
+    return x
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_the_torchvision_engine_builds_and_trains_it(tiny_cfg, name):
+    torch.manual_seed(0)
+    model = build_model(with_norm(tiny_cfg, name)).train()
+    layers = [m for m in model.modules() if isinstance(m, PEERS[name])]
+    expected = build_model(with_norm(tiny_cfg, "BN"))
+    assert len(layers) == sum(isinstance(m, torch.nn.BatchNorm2d) for m in expected.modules())
+    if name == "BRN":
+        assert {m.ramp_steps for m in layers} == {10}  # a quarter of the run
+    sample = {
+        "image": picture(),
+        "gt_boxes": torch.tensor([[16.0, 16.0, 40.0, 40.0]]),
+        "gt_classes": torch.tensor([1]),
+        "gt_masks": [np.ones((64, 64), bool)],
+    }
+    for _ in range(2):  # CBN and MABN raise in a training step where they are not linked
+        losses = model([sample, sample])
+        sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert all(layer.weight.grad is not None for layer in layers)
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("name", PEERS)
+def test_detectron2_builds_and_trains_it(detectron2_cfg, name):
+    structures = pytest.importorskip("detectron2.structures")
+    from detectron2.modeling import build_model
+    from detectron2.utils.events import EventStorage
+
+    torch.manual_seed(0)
+    model = build_model(with_norm(detectron2_cfg, name)).train()
+    layers = [m for m in model.modules() if isinstance(m, PEERS[name])]
+    if name == "BRN":
+        assert {m.ramp_steps for m in layers} == {10}
+    instances = structures.Instances((64, 64))
+    instances.gt_boxes = structures.Boxes(torch.tensor([[16.0, 16.0, 40.0, 40.0]]))
+    instances.gt_classes = torch.tensor([1])
+    square = [[16.0, 16.0, 40.0, 16.0, 40.0, 40.0, 16.0, 40.0]]
+    instances.gt_masks = structures.PolygonMasks([square])
+    sample = {"image": picture(), "height": 64, "width": 64, "instances": instances}
+    with EventStorage(1):
+        for _ in range(2):
+            losses = model([sample, sample])
+            sum(losses.values()).backward()
+    assert layers and all(torch.isfinite(loss) for loss in losses.values())
+
+
+@pytest.mark.detectron2
+def test_retinanets_shared_head_gives_brn_a_layer_for_each_level_and_refuses_cbn():
+    config = pytest.importorskip("detectron2.config")
+    from detectron2.modeling import build_model
+
+    import refbn_d2  # noqa: F401  registers
+
+    cfg = config.get_cfg()
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE = "RetinaNet", "cpu"
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    sizes = [[x, x * 2 ** (1 / 3), x * 2 ** (2 / 3)] for x in (32, 64, 128, 256, 512)]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = sizes
+    cfg.MODEL.RETINANET.NORM = "BRN"
+    head = build_model(cfg).head
+    assert sum(isinstance(m, PEERS["BRN"]) for m in head.modules()) == 2 * 4 * 5
+    cfg.MODEL.RETINANET.NORM = "CBN"
+    with pytest.raises(LinkError, match=r"head\.cls_subnet\.1"):
+        build_model(cfg)

@@ -1,0 +1,49 @@
+"""Runs of the pretraining, in this process and as a user starts them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from refbn_d2.checkpoint import load_checkpoint
+from refbn_d2.pretrain.trainer import Trainer, main
+
+ROOT = Path(__file__).parents[2]
+ALL_AT_ONCE = [
+    "MODEL.EMA.ENABLED", True, "MODEL.EMA.DECAY", 0.8, "MODEL.DROP_PATH_RATE", 0.2,
+    "INPUT.MIXUP_ALPHA", 0.4, "INPUT.CUTMIX_ALPHA", 1.0, "INPUT.RANDOM_ERASING", 0.5,
+    "INPUT.AUTO_AUGMENT", "rand-m7-mstd0.5-inc1", "SOLVER.GRAD_ACCUM_STEPS", 2,
+    "SOLVER.LABEL_SMOOTHING", 0.1, "SOLVER.AMP.ENABLED", True,
+]  # fmt: skip
+
+
+def run(cfg, *overrides, resume=False, eval_only=False):
+    cfg = cfg.clone()
+    cfg.merge_from_list(list(overrides))
+    return main(cfg, resume, eval_only)
+
+
+def trainer(cfg, *overrides):
+    cfg.merge_from_list([*overrides])
+    out = Path(cfg.OUTPUT_DIR)
+    out.mkdir(exist_ok=True)
+    return Trainer(cfg, out, resume=False, training=True)
+
+
+def final(output_dir, key="model"):
+    return load_checkpoint(Path(output_dir) / "model_final.pth")[key]
+
+
+def metrics(cfg):
+    lines = (Path(cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def start(cfg, tmp_path, *arguments, launcher=(), **options):
+    config_file = tmp_path / "config.yaml"
+    config_file.write_text(cfg.dump())
+    command = [*(launcher or [sys.executable]), str(ROOT / "tools/pretrain_imagenet.py")]
+    command += ["--config-file", str(config_file), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, text=True, **options)

@@ -1,0 +1,54 @@
+"""Where code stands: the rules that CONTRIBUTING.md gives below its table of imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE, TESTS = ROOT / "refbn_d2", ROOT / "tests"
+# What is left to do; whoever does it removes its name here.
+LONG = {
+    "tests/layers/test_convert.py",
+    "tests/plugin/test_hook.py",
+    "tests/reference/test_batch.py",
+}
+CODE_IN_INIT = {"config", "engines/torchvision", "pretrain"}
+
+
+def test_no_file_is_over_400_lines():
+    files = [path for top in (PACKAGE, TESTS, ROOT / "tools") for path in top.rglob("*.py")]
+    long = [path for path in files if len(path.read_text().splitlines()) > 400]
+    assert {path.relative_to(ROOT).as_posix() for path in long} == LONG
+
+
+def test_only_init_and_env_stand_beside_the_folders():
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "env.py"}
+
+
+def has_code(init):
+    """Return whether an `__init__.py` with this text holds more than imports and dunder names."""
+    for node in ast.parse(init).body:
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        is_dunder = isinstance(node, ast.Assign) and ast.unparse(node).startswith("__")
+        is_registration = ast.unparse(node) == "register_if_installed()"  # in refbn_d2/__init__.py
+        is_import = isinstance(node, ast.Import | ast.ImportFrom)
+        if not (is_import or is_docstring or is_dunder or is_registration):
+            return True
+    return False
+
+
+def test_an_init_holds_re_exports_only():
+    inits = [path for path in PACKAGE.rglob("__init__.py") if has_code(path.read_text())]
+    assert {path.parent.relative_to(PACKAGE).as_posix() for path in inits} == CODE_IN_INIT
+
+
+@pytest.mark.parametrize("code", ["def run(): ...", "x = 1", "print()", "if x:\n    import os"])
+def test_code_planted_in_an_init_is_found(code):
+    init = '"""A docstring."""\n\nfrom a import b\n\n__all__ = ["b"]\n'
+    assert has_code(init + code) and not has_code(init)
+
+
+def test_the_tests_mirror_the_package():
+    folders = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
+    assert not [f for f in folders if not (PACKAGE / f).is_dir() and not (ROOT / f).is_dir()]
