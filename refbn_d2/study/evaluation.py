@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refbn_d2.metrics.bootstrap import Matches, match_images
-from refbn_d2.metrics.statistics import performance_under_corruption, steps_to
+from refbn_d2.metrics.statistics import mean_performance_under_corruption, steps_to
 from refbn_d2.study.data import DetectionSets, Sets
 from refbn_d2.study.plan import Job
 from refbn_d2.study.spec import Evaluate, Study
@@ -131,7 +131,7 @@ def _corrupted(sets: DetectionSets, job: Job, task: str, clean: Matches) -> dict
         ids = matches.image_ids
         by_name[name][int(severity)] = matches.ap()
         measured[f"{task}/AP~{label}"] = Measured(by_name[name][int(severity)], len(ids))
-    total = performance_under_corruption(_ap(clean, ids, "AP").value, by_name)
+    total = mean_performance_under_corruption(_ap(clean, ids, "AP").value, by_name)
     measured[f"{task}/mPC"] = Measured(total.mpc, len(ids))
     if total.rpc is not None:
         measured[f"{task}/rPC"] = Measured(total.rpc, len(ids))
@@ -159,7 +159,7 @@ def _classification(evaluate: Evaluate, sets: Sets, job: Job, curves: dict) -> d
             measured[f"error~{label}"] = Measured(100 - found["top1"], n)
     if by_name:
         clean = others["clean"]
-        total = performance_under_corruption(clean["top1"], by_name)
+        total = mean_performance_under_corruption(clean["top1"], by_name)
         measured["accuracy/mPC"] = Measured(total.mpc, clean["images"])
         if total.rpc is not None:
             measured["accuracy/rPC"] = Measured(total.rpc, clean["images"])

@@ -19,7 +19,7 @@ from refbn_d2.study.bootstrap import bootstrap
 from refbn_d2.study.data import DetectionSets
 from refbn_d2.study.evaluation import evaluate_run
 from refbn_d2.study.fingerprint import code_hash
-from refbn_d2.study.plan import Plan, parse_only
+from refbn_d2.study.plan import Plan, parse_only, plain
 from refbn_d2.study.report import About, drawn, html, markdown
 from refbn_d2.study.results import Row, write_csv
 from refbn_d2.study.runner import Record, Runner, locked
@@ -117,9 +117,10 @@ def rows_of(plan: Plan) -> Iterable[Row]:
             for metric in study.evaluate.metrics:
                 yield Row(*common, metric, NAN, 0, record.status, command)
             continue
-        if "measured" not in record.content:
+        evaluate = plain(vars(study.evaluate))
+        if record.content.get("evaluate") != evaluate:  # measured by another study file, or not yet
             measured = evaluate_run(study, plan.sets, job)
-            record.write(measured={name: list(m) for name, m in measured.items()})
+            record.write(evaluate=evaluate, measured={k: list(m) for k, m in measured.items()})
         for metric, (value, n, status) in record.content["measured"].items():
             yield Row(*common, metric, value, n, status, command)
 

@@ -166,7 +166,7 @@ class Plan:
             "hold_out": condition.hold_out, "data": self.digests,
             "register": study.data.register, "train_images": study.data.train_images,
             "test_images": study.data.test_images, "tuning": study.data.tuning,
-            "evaluate": vars(study.evaluate), "code": code_hash(),
+            "evaluate": self._predicted_on(), "code": code_hash(),
             "pretraining": pretraining and pretraining.id,
             "pretraining.recipe": pretraining and digest(pretraining.recipe),
         }  # fmt: skip
@@ -176,6 +176,15 @@ class Plan:
             pretraining.id if pretraining else "", norm.name, condition.name, seed,
             {"max_dets": cfg.TEST.DETECTIONS_PER_IMAGE} if study.task == "detection" else {},
         )  # fmt: skip
+
+    def _predicted_on(self) -> dict[str, Any]:
+        """What of `evaluate` a run's processes do. The rest is computed from what they left."""
+        evaluate = self.study.evaluate
+        return {
+            "corruptions": evaluate.corruptions, "severities": evaluate.severities,
+            "images": evaluate.images,
+            "domains": evaluate.domains and self.study.task == "classification",
+        }  # fmt: skip
 
     def _training(self, folder: Path, config: Path, opts: Sequence, name: str = "train") -> Stage:
         arguments = ["--config-file", str(config), *words([*opts, "OUTPUT_DIR", str(folder)])]

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from refbn_d2.study.fingerprint import code_hash
 from refbn_d2.study.plan import Job
 from refbn_d2.utils.errors import ConfigError, DataError
 from refbn_d2.utils.file_io import write_text
@@ -34,7 +35,12 @@ class Record:
 
     def __init__(self, job: Job) -> None:
         self.job, self.path = job, job.folder / "status.json"
-        self.content = {"status": "not run", "seconds": 0.0, "stages": {}, "error": ""}
+        self.content: dict[str, Any] = {
+            "status": "not run",
+            "seconds": 0.0,
+            "stages": {},
+            "error": "",
+        }
         if self.path.exists():
             try:
                 self.content |= json.loads(self.path.read_text())
@@ -171,6 +177,11 @@ class Runner:
         return None
 
     def _start(self, job: Job, slot: int) -> _Running:
+        if job.recipe.get("code") not in (None, code_hash.__wrapped__()):
+            raise ConfigError(
+                "the package's code was changed while the study ran; start again with another "
+                "--output-dir, from a copy that stays as it is"
+            )
         job.folder.mkdir(parents=True, exist_ok=True)
         record = self.records[job.id]
         record.write(status="not run", error="")

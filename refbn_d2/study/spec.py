@@ -20,6 +20,13 @@ METRICS = {
     "detection": tuple(f"{t}/{m}" for t in ("bbox", "segm") for m in ("AP", "AP50", "AP75")),
     "classification": ("error", "loss"),
 }
+CURVES = {  # in metrics.json, that `steps_to` can ask for
+    "detection": (
+        "total_loss", "loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc",
+        "bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50",
+    ),
+    "classification": ("total_loss", "train/top1", "val/top1", "val/loss"),
+}  # fmt: skip
 _DEFAULT_METRICS = {"detection": ["bbox/AP", "segm/AP"], "classification": ["error"]}
 _NOT_IN_NAMES = set(',=/"\n')  # of norms and conditions: `--only` and CSV files use them
 
@@ -285,6 +292,7 @@ class _Reader:
         names, severities, images = self.corruptions(section.get("corruptions"))
         steps_to = {}
         for curve, targets in self.section_of_targets(section.get("steps_to")).items():
+            self.choice(curve, "evaluate.steps_to", CURVES[task])
             targets = targets if isinstance(targets, list) else [targets]
             if not all(isinstance(t, int | float) for t in targets):
                 raise self.error(f"evaluate.steps_to.{curve}", f"is {targets!r}; write numbers")

@@ -85,11 +85,15 @@ def test_what_a_recipe_holds(coco, content, written):
     assert plan_of(written(content), "elsewhere").runs[0].recipe == before
     for key, value in (
         ("overrides", content["overrides"] | {"SOLVER.BASE_LR": 0.3}),
-        ("evaluate", {"domains": True}),
+        ("evaluate", {"corruptions": {"severities": [1]}}),
         ("data", content["data"] | {"train_images": 3}),
     ):
         assert plan_of(written(content | {key: value})).runs[0].recipe != before
-    more = content | {"seeds": [1, 2, 3], "norms": content["norms"] | {"B": {}}}
+    more = content | {
+        "evaluate": {"domains": True},
+        "seeds": [1, 2, 3],
+        "norms": content["norms"] | {"B": {}},
+    }
     assert plan_of(written(more)).runs[0].recipe == before  # a study may grow
     with open(coco / "val.json", "a") as file:
         file.write(" ")

@@ -101,6 +101,12 @@ def test_results_of_another_version_are_refused(tmp_path):
         Runner([changed], 1)
 
 
+def test_code_that_changes_meanwhile(tmp_path):
+    with pytest.raises(ConfigError, match="code was changed while the study ran"):
+        Runner([job(tmp_path, "run/a", recipe={"code": "of before"})], 1).run()
+    assert not (tmp_path / "run-a").exists()
+
+
 def test_threads_and_gpus(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("refbn_d2.study.runner.gpus", lambda: ["4", "7"])

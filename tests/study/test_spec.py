@@ -31,6 +31,7 @@ def test_what_is_read(content, written):
         ({"evaluate": {"metrics": ["box/AP"]}}, r"evaluate.metrics: 'box/AP'.*mean 'bbox/AP'"),
         ({"evaluate": {"corruptions": {"names": ["fogg"]}}}, r"'fogg' is unknown.*mean 'fog'"),
         ({"evaluate": {"corruptions": {"severities": [6]}}}, r"severities: is \[6\].*1 to 5"),
+        ({"evaluate": {"steps_to": {"loss": 1}}}, r"steps_to: 'loss' is unknown; did you mean"),
         ({"timing": {"conditions": ["two id"]}}, r"'two id'.*mean 'two iid'"),
         ({"sedes": [1]}, r"key 'sedes' is unknown; did you mean 'seeds'"),
         ({"task": "detect"}, r"task: 'detect'.*mean 'detection'"),
