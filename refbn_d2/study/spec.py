@@ -78,6 +78,7 @@ class Timing:
     rounds: int
     steps: int
     conditions: tuple[str, ...]
+    baseline: str  # of the ratios
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,8 @@ class _Reader:
             seeds=self.seeds(top["seeds"]), norms=norms, baseline=baseline, conditions=conditions,
             data=self.data(top.get("data"), task),
             evaluate=self.evaluate(top.get("evaluate"), task),
-            timing=self.timing(top.get("timing"), conditions), pretrain=pretrain or None,
+            timing=self.timing(top.get("timing"), conditions, norms, baseline),
+            pretrain=pretrain or None,
         )  # fmt: skip
 
     def choice(self, value: Any, where: str, known: Iterable[str]) -> str:
@@ -319,7 +321,9 @@ class _Reader:
             raise self.error(f"{where}.severities", f"is {severities!r}; allowed: some of 1 to 5")
         return tuple(names), tuple(severities), self.count(section, where, "images")
 
-    def timing(self, value: Any, conditions: Mapping[str, Condition]) -> Timing:
+    def timing(
+        self, value: Any, conditions: Mapping, norms: Mapping[str, Norm], baseline: str
+    ) -> Timing:
         section = self.section(value, "timing", Timing.__dataclass_fields__)
         chosen = [str(name) for name in section.get("conditions") or list(conditions)[:1]]
         for name in chosen:
@@ -327,4 +331,5 @@ class _Reader:
         return Timing(
             self.count(section, "timing", "rounds", 3 if value else 0),
             self.count(section, "timing", "steps", 40, least=20), tuple(chosen),
+            self.choice(str(section.get("baseline") or baseline), "timing.baseline", norms),
         )  # fmt: skip

@@ -53,7 +53,7 @@ def _measure(plan: Plan, jobs: dict[str, Job], gpus: list[str]) -> dict[str, dic
             time, peak = _one(plan, job, gpus)
             seconds[norm].append(time)
             memory[norm].append(peak)
-    base = seconds.get(plan.study.baseline)
+    base = seconds.get(plan.study.timing.baseline)
     values = {}
     for norm in jobs:
         values[norm] = {

@@ -60,6 +60,9 @@ def test_tuning_leaves_the_test_set_alone(coco, content, written, tmp_path):
     assert (len(train), len(test)) == (6, 3) and not set(train) & set(test)
     assert set(train + test) <= set(range(10, 22))
     assert sets.test.image_root == coco / "train"
+    sets = detection(content, written, tmp_path / "all", tuning=0.25, train_images=0)
+    sets.make([None])
+    assert sorted(ids(sets.train_set(None)) + ids(sets.test)) == list(range(10, 22))
 
 
 def test_corrupted_pictures(coco, content, written, tmp_path):

@@ -22,11 +22,12 @@ def test_the_hash_is_of_what_computes(monkeypatch):
 
     def changed(folder):
         def read_text(self, *args, **kwargs):
-            more = "\nextra = 1\n" if f"refbn_d2/{folder}/" in self.as_posix() else ""
+            more = "\nextra = 1\n" if f"refbn_d2/{folder}" in self.as_posix() else ""
             return read(self, *args, **kwargs) + more
 
         monkeypatch.setattr(Path, "read_text", read_text)
         return code_hash.__wrapped__()
 
     assert changed("layers") != before
-    assert changed("visualization") == before
+    assert changed("study/data") != before
+    assert changed("study/report") == changed("visualization") == before
