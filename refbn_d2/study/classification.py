@@ -1,22 +1,27 @@
 """Evaluate a classifier on the derived sets of a study: `python -m refbn_d2.study.classification`.
 
-One process for all of them: starting takes longer than a small set. Writes `others/results.json`
-in the run's folder: {label: {"top1" (%), "images"}}.
+One process for all of them: starting takes longer than a small set. Writes `results.json` in
+OUTPUT_DIR: {label: {"top1" (%), "images"}}; the set "domains" becomes a label "@domain" each.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+import torch
+
 from refbn_d2.config.pretrain import get_pretrain_cfg
+from refbn_d2.data import shapes
 from refbn_d2.pretrain.data.datasets import ImageSet
 from refbn_d2.pretrain.trainer import Trainer
 from refbn_d2.utils.arguments import default_argument_parser, run_or_exit
 from refbn_d2.utils.device import resolve_device
+from refbn_d2.utils.errors import DataError
 from refbn_d2.utils.file_io import write_text
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    """Write the accuracies on the sets of `args.sets`."""
     cfg = get_pretrain_cfg()
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
@@ -25,17 +30,41 @@ def evaluate(args: argparse.Namespace) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     for label, folder in json.loads(args.sets).items():
         cfg.DATASETS.TEST = folder
-        trainer = Trainer(cfg, output_dir, resume=False, training=False)
-        found[label] = {
-            "top1": trainer.evaluate()["val/top1"],
-            "images": len(ImageSet(Path(folder))),
-        }
+        trainer, images = Trainer(cfg, output_dir, False, training=False), ImageSet(Path(folder))
+        if label == "domains":
+            found |= by_domain(trainer, images)
+        else:
+            found[label] = {"top1": trainer.evaluate()["val/top1"], "images": len(images)}
     write_text(output_dir / "results.json", json.dumps(found, indent=1))
+
+
+@torch.no_grad()
+def by_domain(trainer: Trainer, images: ImageSet) -> dict[str, dict]:
+    """Return {"@domain": {"top1" (%), "images"}} by the domains in the pictures' names.
+
+    Raises:
+        DataError: a picture cannot be read.
+    """
+    trainer.model.eval()
+    right: list[bool] = []
+    for pictures, labels, unreadable in trainer.test_loader:  # in the order of `images`
+        if unreadable:
+            raise DataError(f"{images.path}: {unreadable[0][0]} cannot be read: {unreadable[0][1]}")
+        logits = trainer.model(trainer._normalize(pictures))
+        right += (logits.argmax(1).cpu() == labels).tolist()
+    domains = [shapes.domain_of(name) for name in images.reader.filenames()]
+    of = {d: [r for r, other in zip(right, domains, strict=True) if other == d] for d in domains}
+    return {
+        f"@{domain}": {"top1": 100 * sum(own) / len(own), "images": len(own)}
+        for domain, own in of.items()
+    }
 
 
 def main() -> None:
     p = default_argument_parser(__doc__)
-    p.add_argument("--sets", required=True, metavar="JSON", help="{label: folder of class folders}")
+    p.add_argument(
+        "--sets", required=True, metavar="JSON", help="{label: folder of class folders}, as JSON"
+    )
     run_or_exit(evaluate, p.parse_args())
 
 

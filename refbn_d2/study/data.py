@@ -4,7 +4,7 @@ They lie in the study's folder, are made once, and are shared by all runs. A det
 json (with images of its own only where they are corrupted); a classification set is a folder of
 class folders.
 
-    label       "" (the whole test set), "@domain", or "corruption/severity"
+    label       "corruption/severity"
 """
 
 import hashlib
@@ -238,13 +238,14 @@ class ClassificationSets(Sets):
         return self.folder / (f"train_without_{hold_out}" if hold_out else "train")
 
     def evaluation(self) -> dict[str, str]:
-        """label -> folder, of everything but the whole test set."""
+        """label -> folder of corrupted pictures, "clean" the same as they were, "domains" all."""
         labels = self.corrupted_labels()
-        if self.study.evaluate.corruptions:
+        if labels:
             labels.insert(0, "clean")
+        folders = {label: str((self.folder / _file(label)).resolve()) for label in labels}
         if self.study.evaluate.domains:
-            labels += [f"@{domain}" for domain in self.test_domains]
-        return {label: str((self.folder / _file(label)).resolve()) for label in labels}
+            folders["domains"] = str(self._test_path().resolve())
+        return folders
 
     def short(self, steps: int, batch: int) -> list:
         """Overrides of a training of about `steps` steps; writes its sets."""
@@ -258,21 +259,22 @@ class ClassificationSets(Sets):
             "SOLVER.WARMUP_EPOCHS", 0.0, "TEST.VAL_INTERVAL", 0,
         ]  # fmt: skip
 
-    def test_images(self):
-        """The pictures of the in-domain metrics."""
+    def _test_path(self) -> Path:
+        """Where the pictures of the in-domain metrics are."""
         data = self.study.data
         if data.test_images or data.tuning:
-            from refbn_d2.pretrain.data.datasets import ImageSet
+            return self.folder / "test"
+        return self._images("test").path
 
-            return ImageSet(self.folder / "test")
-        return self._images("test")
+    def test_images(self):
+        """The pictures of the in-domain metrics."""
+        from refbn_d2.pretrain.data.datasets import ImageSet
 
-    @cached_property
-    def test_domains(self) -> list[str]:
-        return sorted(set(self._domains(self._images("test"))))
+        return ImageSet(self._test_path())
 
     def _domains(self, images) -> list[str]:
-        found = [shapes.domain_of(name) for name in images.reader.filenames()]
+        """The domain of each picture, by its name."""
+        found: list = [shapes.domain_of(name) for name in images.reader.filenames()]
         if None in found:
             raise DataError(
                 f"{images.path}: the name of {images.reader.filename(found.index(None))} tells no "
@@ -307,10 +309,12 @@ class ClassificationSets(Sets):
         if data.test_images or data.tuning:
             _copy(test_images, test, self.folder / "test")
         if evaluate.domains:
-            domains = self._domains(test_images)
-            for domain in self.test_domains:
-                own = [i for i in test if domains[i] == domain]
-                _copy(test_images, own, self.folder / _file(f"@{domain}"))
+            self._domains(test_images)
+        if evaluate.corruptions and 0 < evaluate.images < test_images.num_classes:
+            raise ConfigError(
+                f"study file {self.study.file}, evaluate.corruptions.images: is {evaluate.images}; "
+                f"allowed: 0, or as many as there are classes, {test_images.num_classes}, or more"
+            )
         few = [test[i] for i in stratified([test_images.labels[i] for i in test], evaluate.images)]
         if evaluate.corruptions:
             _copy(test_images, few, self.folder / _file("clean"))
@@ -336,7 +340,7 @@ def _entries(*datasets: catalog.Dataset) -> tuple:
 
 
 def _file(label: str) -> str:
-    return label.replace("/", "_").replace("@", "domain_")
+    return label.replace("/", "_")
 
 
 def _read(json_file: Path) -> dict:

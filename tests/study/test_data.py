@@ -143,9 +143,9 @@ def test_classification_sets(classification, tmp_path):
     assert len(names(data / "train")) == 12
     assert {name[0] for name in names(data / "train")} == set("ab")
     assert all("plain" in name for name in names(data / "train_without_noise"))
-    assert len(names(data / "domain_plain")) == len(names(data / "domain_noise")) == 4
     assert len(names(data / "clean")) == 4
-    assert list(sets.evaluation()) == ["clean", "contrast/5", "@noise", "@plain"]
+    assert list(sets.evaluation()) == ["clean", "contrast/5", "domains"]
+    assert sets.evaluation()["domains"] == str(tmp_path / "val")
     for clean, corrupted in zip(names(data / "clean"), names(data / "contrast_5"), strict=True):
         assert clean == corrupted
         pixels = [np.asarray(Image.open(data / s / clean), float) for s in ("clean", "contrast_5")]
@@ -153,6 +153,11 @@ def test_classification_sets(classification, tmp_path):
     overrides = sets.training("noise")
     assert overrides[overrides.index("DATASETS.TRAIN") + 1] == str(data / "train_without_noise")
     assert overrides[overrides.index("DATASETS.TEST") + 1] == "val"
+
+
+def test_fewer_corrupted_pictures_than_classes(classification):
+    with pytest.raises(ConfigError, match="images: is 1; allowed: 0, or .* classes, 2, or more"):
+        classification(evaluate={"corruptions": {"images": 1}}).make([None])
 
 
 def test_a_folder_without_pictures(classification, tmp_path):
