@@ -7,11 +7,11 @@ convert_checkpoint.py --inspect FILE
 
 import argparse
 import logging
-import sys
 
 from refbn_d2.checkpoint.convert import NORMS
 from refbn_d2.checkpoint.inspection import describe
 from refbn_d2.export.convert_file import TARGETS, convert_file
+from refbn_d2.utils.arguments import run_or_exit
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,6 +34,18 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def run(args: argparse.Namespace) -> None:
+    if args.inspect:
+        print(describe(args.inspect, args.key))
+        return
+    print(
+        convert_file(
+            args.src, args.dst, args.to, args.norm, args.verify, args.allow_partial,
+            args.config_file, args.key,
+        )
+    )  # fmt: skip
+
+
 def main() -> None:
     p = parser()
     args = p.parse_args()
@@ -42,18 +54,7 @@ def main() -> None:
         p.error("SRC, DST and --to are needed, or --inspect FILE")
     if args.inspect and (args.src or args.to):
         p.error("--inspect FILE goes alone, or with --key")
-    try:
-        if args.inspect:
-            print(describe(args.inspect, args.key))
-        else:
-            print(
-                convert_file(
-                    args.src, args.dst, args.to, args.norm, args.verify, args.allow_partial,
-                    args.config_file, args.key,
-                )
-            )  # fmt: skip
-    except (ValueError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_or_exit(run, args)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 
 import argparse
 
+from refbn_d2.engines.select import select_engine
 from refbn_d2.utils.arguments import default_argument_parser, run_or_exit
 
 
 def run(args: argparse.Namespace) -> None:
+    select_engine("detectron2")  # or say how to install it
     from refbn_d2.engines.detectron2 import lazyconfig
 
     lazyconfig.run(args)

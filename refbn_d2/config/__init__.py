@@ -1,7 +1,7 @@
 """Detectron2's config keys with Detectron2's defaults, and this package's own."""
 
 from refbn_d2.config.cfg_node import CfgNode
-from refbn_d2.config.detectron2_defaults import add_detectron2_defaults
+from refbn_d2.config.defaults import get_cfg
 from refbn_d2.config.refbn import (
     RefBNOptions,
     add_refbn_config,
@@ -19,11 +19,3 @@ __all__ = [
     "get_cfg",
     "refbn_options",
 ]
-
-
-def get_cfg() -> CfgNode:
-    """Returns a new config: Detectron2's defaults, MODEL.REFBN and DATASETS.REGISTER."""
-    cfg = CfgNode()
-    add_detectron2_defaults(cfg)
-    add_refbn_config(cfg)
-    return cfg

@@ -205,6 +205,8 @@ def _misfits(cfg: CfgNode):
     solver = cfg.SOLVER
     if solver.WARMUP_EPOCHS >= solver.EPOCHS:
         yield "SOLVER.WARMUP_EPOCHS", f"allowed: less than SOLVER.EPOCHS = {solver.EPOCHS}"
+    if solver.LR_SCHEDULER_NAME in ("cosine", "tanh") and solver.BASE_LR_END > solver.BASE_LR:
+        yield "SOLVER.BASE_LR_END", f"allowed: up to SOLVER.BASE_LR = {solver.BASE_LR}"
     if solver.AMP.ENABLED and solver.AMP.DTYPE == "float16" and cfg.MODEL.DEVICE == "cpu":
         yield "SOLVER.AMP.DTYPE", "allowed on the CPU: 'bfloat16'"
     if solver.BCE_TARGET_THRESH is not None and solver.LOSS != "bce":

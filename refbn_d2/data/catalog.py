@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refbn_d2.data import shapes
+from refbn_d2.utils.errors import ConfigError
 
 # name -> (image root, json), both under the datasets' root
 _COCO = {
@@ -62,12 +63,12 @@ def find(name: str) -> Dataset:
     """Where the dataset called `name` lies. Whether its files exist is for its reader to find out.
 
     Raises:
-        KeyError: no dataset has this name.
+        ConfigError: no dataset has this name.
     """
     if name in _registered:
         return _registered[name]
     if name not in _BUILTIN:
-        raise KeyError(
+        raise ConfigError(
             f"no dataset is called {name!r}. Register it, by DATASETS.REGISTER (({name!r}, json, "
             f"image_root),) in the config or register_coco_instances. Known: {', '.join(names())}"
         )
@@ -78,7 +79,7 @@ def get(name: str) -> Dataset:
     """As `find`; a `shapes_*` set is made on first use.
 
     Raises:
-        KeyError: no dataset has this name.
+        ConfigError: no dataset has this name.
         FileExistsError: something else lies where a `shapes_*` set belongs.
     """
     dataset = find(name)
@@ -98,14 +99,14 @@ def register_coco_instances(
         image_root: the folder that the json's file names start from.
 
     Raises:
-        ValueError: the name is empty, or belongs to other files.
+        ConfigError: the name is empty, or belongs to other files.
     """
     if not isinstance(name, str) or not name:
-        raise ValueError(f"a dataset's name must be a non-empty string, not {name!r}")
+        raise ConfigError(f"a dataset's name must be a non-empty string, not {name!r}")
     dataset = Dataset(name, Path(json_file), Path(image_root))
     known = _registered.get(name) or (_builtin(name) if name in _BUILTIN else dataset)
     if known != dataset:
-        raise ValueError(
+        raise ConfigError(
             f"dataset {name!r} is already {known.json_file} with images in {known.image_root}; "
             f"give {dataset.json_file} with images in {dataset.image_root} another name"
         )
@@ -117,7 +118,7 @@ def register_from_config(cfg) -> None:
     """Registers the datasets of DATASETS.REGISTER: ((name, json file, image folder), ...).
 
     Raises:
-        ValueError: an entry has another form, or its name is taken by other data.
+        ConfigError: an entry has another form, or its name is taken by other data.
     """
     for entry in cfg.DATASETS.get("REGISTER", ()):
         if not (
@@ -125,7 +126,7 @@ def register_from_config(cfg) -> None:
             and len(entry) == 3
             and all(isinstance(part, str) and part for part in entry)
         ):
-            raise ValueError(
+            raise ConfigError(
                 f"DATASETS.REGISTER holds {entry!r}; each entry is "
                 '("name", "annotations.json", "image folder")'
             )

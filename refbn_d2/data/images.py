@@ -5,6 +5,8 @@ from collections.abc import Hashable
 import numpy as np
 from PIL import Image
 
+from refbn_d2.utils.errors import DataError
+
 
 def read_image(file_name: str, format: str, image_id: Hashable = None) -> np.ndarray:
     """Reads a picture as (H, W, 3) uint8 in "RGB" or "BGR", upright by its EXIF tag.
@@ -14,7 +16,7 @@ def read_image(file_name: str, format: str, image_id: Hashable = None) -> np.nda
 
     Raises:
         FileNotFoundError: no such file; names it and the image's id.
-        ValueError: truncated, not a picture, or of a kind that has no place in 0-255.
+        DataError: truncated, not a picture, or of a kind that has no place in 0-255.
     """
     of_image = "" if image_id is None else f" (image id {image_id})"
     try:
@@ -29,7 +31,7 @@ def read_image(file_name: str, format: str, image_id: Hashable = None) -> np.nda
             f"image {file_name}{of_image} does not exist: check the dataset's image folder"
         ) from None
     except Exception as e:  # a broken picture makes PIL raise nearly anything
-        raise ValueError(f"image {file_name}{of_image} cannot be read: {e}") from e
+        raise DataError(f"image {file_name}{of_image} cannot be read: {e}") from e
     return rgb[:, :, ::-1] if format == "BGR" else rgb
 
 

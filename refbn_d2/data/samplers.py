@@ -9,7 +9,7 @@ from itertools import count, islice
 import numpy as np
 from torch.utils.data import Sampler
 
-from refbn_d2.utils.errors import DataError
+from refbn_d2.utils.errors import ConfigError, DataError
 
 
 class GroupedBatchSampler(Sampler):
@@ -42,9 +42,9 @@ class GroupedBatchSampler(Sampler):
         repeats: int = 1,
     ):
         if not len(groups):
-            raise ValueError("there is no image to draw batches from")
+            raise DataError("there is no image to draw batches from")
         if batch_size < 1 or batch_size % world_size:
-            raise ValueError(
+            raise ConfigError(
                 f"SOLVER.IMS_PER_BATCH = {batch_size} cannot be split evenly over {world_size} "
                 f"worker(s); allowed: {world_size}, {2 * world_size}, {3 * world_size}, ..."
             )

@@ -4,14 +4,16 @@ import importlib.util
 import sys
 from types import ModuleType
 
+from refbn_d2.utils.errors import MissingDependencyError
+
 ENGINES = ("auto", "detectron2", "torchvision")
 
 
 def select_engine(name: str) -> ModuleType:
-    """The engine's module, which has `run(args)`; "auto" is Detectron2 where it imports.
+    """Return the engine's module, which has `run(args)`; "auto" is Detectron2 where it imports.
 
     Raises:
-        ImportError: "detectron2", and it cannot be imported.
+        MissingDependencyError: "detectron2", and it cannot be imported.
     """
     why = ""
     if name != "torchvision":
@@ -22,10 +24,10 @@ def select_engine(name: str) -> ModuleType:
             return detectron2
         except Exception as error:  # half installed, or not one that RefBN can be registered with
             if name == "detectron2":
-                raise ImportError(
-                    f"--engine detectron2: Detectron2 cannot be imported ({error}). Its guide says "
+                raise MissingDependencyError(
+                    f"Detectron2 cannot be imported ({error}). Its guide says "
                     "how to install it: https://detectron2.readthedocs.io/en/latest/tutorials/"
-                    "install.html; --engine torchvision needs none."
+                    "install.html; tools/train_net.py --engine torchvision needs none."
                 ) from error
             installed = importlib.util.find_spec("detectron2")
             why = f" ({error})" if installed else " (Detectron2 is not installed)"

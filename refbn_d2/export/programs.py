@@ -19,7 +19,7 @@ from refbn_d2.engines.torchvision.modeling.backbone import build_backbone
 from refbn_d2.engines.torchvision.supported import check_supported
 from refbn_d2.export.verify import compare, load, model_config, resnet_config, resnet_state
 from refbn_d2.layers import fold
-from refbn_d2.utils.errors import CheckpointError
+from refbn_d2.utils.errors import MissingDependencyError
 
 STRIDE = 32
 
@@ -76,7 +76,7 @@ def _onnx(model: nn.Module, source: str) -> tuple[bytes, Program | None]:
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise CheckpointError(
+        raise MissingDependencyError(
             f"{source}: writing ONNX needs `pip install onnx onnxscript`."
         ) from error
     sizes = {0: Dim("n"), 2: STRIDE * Dim("h"), 3: STRIDE * Dim("w")}

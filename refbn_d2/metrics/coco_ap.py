@@ -20,6 +20,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from refbn_d2.utils.errors import ConfigError, DataError
+
 logger = logging.getLogger(__name__)
 
 # metric: (IoU threshold or None for all, object size)
@@ -56,9 +58,9 @@ def evaluate(
 
     Raises:
         FileNotFoundError: there is no such json file.
-        ValueError: the json has no annotations, or no masks where masks are asked for; a result is
-            of an image or category that the json does not have, or lacks what `iou_types` needs;
-            the number of `class_names` is not the json's.
+        DataError: the json has no annotations, or no masks where masks are asked for.
+        ValueError: a result is of an image or category that the json does not have, or has not
+            what `iou_types` needs; the number of `class_names` is not the json's.
     """
     if not os.path.isfile(json_file):
         raise FileNotFoundError(f"{json_file}: there is no such annotation file.")
@@ -115,7 +117,7 @@ def check_results(
     if unknown := set(iou_types) - {"bbox", "segm"}:
         raise ValueError(f'iou_types are "bbox" and "segm", not {", ".join(sorted(unknown))}.')
     if "annotations" not in truth.dataset:
-        raise ValueError(
+        raise DataError(
             f"{json_file} has no annotations (a test set?): there is nothing to evaluate against."
         )
     images, categories = set(truth.getImgIds()), set(truth.getCatIds())
@@ -144,7 +146,7 @@ def check_results(
     if "segm" in iou_types:
         for annotation in truth.dataset["annotations"]:
             if not annotation.get("segmentation"):
-                raise ValueError(
+                raise DataError(
                     f"{json_file}: annotation {annotation['id']} has no segmentation; evaluate "
                     'boxes alone (iou_types=("bbox",)), or complete the file.'
                 )
@@ -192,14 +194,14 @@ def to_coco_results(
         contiguous_to_dataset_id: class index to the json's category id.
 
     Raises:
-        ValueError: a predicted class has no category id.
+        ConfigError: a predicted class has no category id.
     """
     boxes = prediction["pred_boxes"].detach().cpu().clone()
     boxes[:, 2:] -= boxes[:, :2]
     try:
         categories = [contiguous_to_dataset_id[c] for c in prediction["pred_classes"].tolist()]
     except LookupError:
-        raise ValueError(
+        raise ConfigError(
             f"Class {int(prediction['pred_classes'].max())} was predicted, but the dataset has "
             f"{len(contiguous_to_dataset_id)} classes: MODEL.ROI_HEADS.NUM_CLASSES does not fit it."
         ) from None
@@ -228,13 +230,13 @@ def verify_results(
         results: as `evaluate` returns them.
 
     Raises:
-        ValueError: a task or a metric is not among the results.
+        ConfigError: a task or a metric is not among the results.
     """
     passed = True
     for task, metric, value, tolerance in expected:
         for name, where in ((task, results), (metric, results.get(task, ()))):
             if name not in where:
-                raise ValueError(
+                raise ConfigError(
                     f"TEST.EXPECTED_RESULTS: there is no {name!r} for [{task!r}, {metric!r}, ...] "
                     f"among the results, which have {', '.join(where) or 'nothing'}."
                 )

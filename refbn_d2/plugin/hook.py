@@ -3,12 +3,15 @@
 A loop without trainer (Detectron2's `tools/plain_train_net.py`)::
 
     reference = reference_batch(model, data_loader, refbn_options(cfg), cfg.DATASETS.TRAIN)
-    reference.begin()
-    for data, iteration in zip(data_loader, range(max_iter)):
-        reference.before_step(iteration)
-        losses = model(data); sum(losses.values()).backward()
-        reference.after_step()
-        optimizer.step()
+    with EventStorage(start_iter) as storage:
+        for iteration, data in zip(range(start_iter, max_iter), data_loader, strict=False):
+            with reference.step(iteration):
+                loss = sum(model(data).values())
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+            scheduler.step()
+            storage.step()
 """
 
 import functools
@@ -31,6 +34,7 @@ from refbn_d2.config import RefBNOptions, apply_options, refbn_options
 from refbn_d2.reference.batch import ReferenceBatch
 from refbn_d2.reference.detection import image_rows
 from refbn_d2.reference.selection import is_landscape, select_reference
+from refbn_d2.utils.errors import DataError
 from refbn_d2.utils.random_state import seeded
 
 logger = logging.getLogger(__name__)
@@ -72,7 +76,8 @@ class ReferenceBatchHook(HookBase):
         """Choose and capture; in a resumed run, find again what the checkpoint names.
 
         Raises:
-            ValueError: there are too few images, one has changed, or workers hold different ones.
+            ConfigError: there are too few images, or workers hold different ones.
+            DataError: an image has changed.
             TypeError: the data loader holds no dataset dicts to choose from.
         """
         trainer, options, names = self.trainer, self.options, ()
@@ -148,7 +153,7 @@ def reference_batch(
         autocast: makes the context that training runs its forward pass in.
 
     Raises:
-        ValueError: there are too few images, or workers hold different ones.
+        ConfigError: there are too few images, or workers hold different ones.
         TypeError: the data loader holds no dataset dicts to choose from.
     """
     images = _images(data_loader)
@@ -233,7 +238,7 @@ def _sample(images: _Images, index: int) -> dict:
     dataset_dict = images.dicts[index]
     sample = images.mapper(dataset_dict)
     if sample is None:
-        raise ValueError(
+        raise DataError(
             f"The mapper gives no sample for {dataset_dict['file_name']}, an image of the reference"
             " batch. Leave it out of the training set, or choose others by MODEL.REFBN.SEED."
         )

@@ -29,6 +29,7 @@ from refbn_d2.data import catalog
 from refbn_d2.layers import RefBatchNorm2d, has_refbn
 from refbn_d2.layers.peers import PEERS, prepare_peers
 from refbn_d2.plugin.patching import originals, replace_attribute, replace_code
+from refbn_d2.utils.errors import ConfigError
 
 # From the file: while an environment module runs, the package does not have it yet.
 _VERSION = re.search(r"__version__ = [\"'](.+)[\"']", Path(detectron2.__file__).read_text())
@@ -171,7 +172,7 @@ def model_of(cfg) -> nn.Module:
     """What `detectron2.modeling.build_model` returns while RefBN is registered.
 
     Raises:
-        ValueError: a key of MODEL.REFBN or DATASETS.REGISTER holds what it may not.
+        ConfigError: a key of MODEL.REFBN or DATASETS.REGISTER holds what it may not.
     """
     options = refbn_options(cfg)
     register_datasets(cfg)
@@ -279,7 +280,7 @@ def register_datasets(cfg) -> None:
     """Detectron2's catalogs get DATASETS.REGISTER: ((name, json file, image folder), ...).
 
     Raises:
-        ValueError: an entry has another form, or its name is taken by other data.
+        ConfigError: an entry has another form, or its name is taken by other data.
     """
     register()
     catalog.register_from_config(cfg)
@@ -290,7 +291,7 @@ def register_datasets(cfg) -> None:
         metadata = MetadataCatalog.get(name)
         known = [metadata.get("json_file"), metadata.get("image_root")]
         if [Path(file or "") for file in known] != [Path(file) for file in files]:
-            raise ValueError(
+            raise ConfigError(
                 f"DATASETS.REGISTER: {name!r} is a dataset of Detectron2's already ({known[0]}, "
                 f"images in {known[1]}); give {files[0]} another name."
             )

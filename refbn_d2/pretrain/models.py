@@ -33,8 +33,7 @@ def build_model(cfg, num_classes: int) -> nn.Module:
 
     Raises:
         ConfigError: timm has no such model; it has no BatchNorm2d, or cannot take the norm or a
-            drop rate.
-        ValueError: a key of MODEL.REFBN holds what it may not.
+            drop rate; a key of MODEL.REFBN holds what it may not.
     """
     name, norm = cfg.MODEL.NAME, cfg.MODEL.NORM
     if not timm.is_model(name):

@@ -4,9 +4,9 @@ In a training loop::
 
     model = convert_to_refbn(model)
     reference = ReferenceBatch(model, images)  # (N, C, H, W), or a list of the model's samples
-    for images, labels in loader:
+    for batch, labels in loader:
         with reference.step():
-            loss = criterion(model(images), labels)
+            loss = criterion(model(batch), labels)
             optimizer.zero_grad()
             loss.backward()
         optimizer.step()
@@ -55,7 +55,7 @@ class ReferenceBatch:
         model: holds the RefBatchNorm2d layers; not wrapped by DistributedDataParallel.
         images: the reference images: a tensor (N, C, H, W), normalized as in training, or a list of
             samples as the model takes them in training (dicts with "image" for Detectron2,
-            (image, target) for torchvision's detectors).
+            (image, target) for torchvision's detectors), or (image, label) of a classifier's set.
         options: by default those of `RefBNOptions`, with as many images as there are, each layer's
             own weight and gradient, and "slice" where nothing can be appended.
         forward: run the model on a list of samples (under autocast where training does). Called in
@@ -202,8 +202,8 @@ class ReferenceBatch:
             layer.start_recording(Recording.CONCAT, len(samples), self.options.slice_momentum)
         module: Any = self._inputs.concat_to  # there, as the constructor made sure
         self._hooks = [
-            module.register_forward_pre_hook(self._append_rows),
-            module.register_forward_hook(self._drop_rows),
+            module.register_forward_pre_hook(self._append_rows, prepend=True),
+            module.register_forward_hook(self._drop_rows, prepend=True),
         ]
 
     def after_step(self) -> None:

@@ -32,29 +32,33 @@ def infer_inputs(
 ) -> Inputs:
     """Return how `samples` are run by `model`; `concat_to` and `rows` stay, where given.
 
-    Known are images (C, H, W) of one size, which are stacked (a classifier, or any model that takes
-    a batch); dicts with "image", for a detector with Detectron2's `pixel_mean` and `backbone`; and
-    (image, target) for torchvision's detectors. Anything else goes to the model as a list, and can
-    only be a slice of its own ("slice").
+    Known are images (C, H, W) of one size, or (image, label), whose images are stacked (a
+    classifier, or any model that takes a batch); dicts with "image", for a detector with
+    Detectron2's `pixel_mean` and `backbone`; and (image, target) for torchvision's detectors.
+    Anything else goes to the model as a list, and can only be a slice of its own ("slice").
     """
     first = samples[0]
-    if isinstance(first, Tensor):
+    is_pair = isinstance(first, Sequence) and isinstance(first[0], Tensor)
+    if isinstance(first, Tensor) or (is_pair and not hasattr(model, "transform")):
 
-        def stack(samples: list[Tensor], batch: Tensor | None = None) -> Tensor:
+        def stack(samples: list[Sample], batch: Tensor | None = None) -> Tensor:
             device = next(model.parameters()).device
-            return torch.stack(samples).to(device)
+            return torch.stack([s[0] for s in samples] if is_pair else samples).to(device)
 
         inferred = Inputs(lambda samples: model(stack(samples)), model, stack)
     elif isinstance(first, Mapping) and hasattr(model, "pixel_mean"):
         inferred = Inputs(model, getattr(model, "backbone", None), image_rows(model))
-    elif isinstance(first, Sequence) and hasattr(model, "transform"):
+    elif is_pair:
 
         def forward(samples: list[tuple[Tensor, dict]]) -> Any:
             device = next(model.parameters()).device
             images, targets = zip(*samples, strict=True)
             return model(
                 [image.to(device) for image in images],
-                [{name: value.to(device) for name, value in t.items()} for t in targets],
+                [
+                    {key: v.to(device) if isinstance(v, Tensor) else v for key, v in t.items()}
+                    for t in targets
+                ],
             )
 
         inferred = Inputs(forward, getattr(model, "backbone", None), transformed_rows(model))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from refbn_d2.config import RefBNOptions
+from refbn_d2.utils.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +32,10 @@ def draw_images(
     grouped (by aspect ratio), a mixed reference would hold more padding than any batch does.
 
     Raises:
-        ValueError: there are fewer images than that.
+        ConfigError: there are fewer images than that.
     """
     if num_images > len(dataset_dicts):
-        raise ValueError(
+        raise ConfigError(
             f"MODEL.REFBN.NUM_IMAGES is {num_images}, but the training set has "
             f"{len(dataset_dicts)} usable images. Set it to {len(dataset_dicts)} or less."
         )
@@ -89,7 +90,7 @@ def _digest(*parts: bytes) -> str:
 
 def _name(dataset_dict: dict) -> dict:
     if "file_name" not in dataset_dict:
-        raise ValueError(
+        raise DataError(
             "A reference batch is named by its images' files, and a dataset dict of the training "
             f"set has no file_name: {', '.join(map(str, dataset_dict))} is what it has."
         )
@@ -103,7 +104,7 @@ def find_images(identity: dict, dataset_dicts: Sequence[dict]) -> list[int]:
     """Indices of the images that `identity` names, in its order.
 
     Raises:
-        ValueError: an image is gone, or its file or its annotations have changed. Names it.
+        DataError: an image is gone, or its file or its annotations have changed. Names it.
     """
     places = defaultdict(list)  # several, where joined datasets share ids and names
     for i, d in enumerate(dataset_dicts):
@@ -121,7 +122,7 @@ def find_images(identity: dict, dataset_dicts: Sequence[dict]) -> list[int]:
             continue
         gone, changed = "is gone from the training set", "has changed (its file or its annotations)"
         problem = changed if there else gone
-        raise ValueError(
+        raise DataError(
             f"The checkpoint's reference batch cannot be had again: {name} {problem}. Put it back, "
             "or start a new run without --resume in another OUTPUT_DIR."
         )
@@ -143,7 +144,8 @@ def select_reference(
         identity: of a run that is resumed (its `ReferenceBatch.state_dict` will do).
 
     Raises:
-        ValueError: there are too few images, or one of `identity` is gone or has changed.
+        ConfigError: there are too few images.
+        DataError: an image of `identity` is gone or has changed.
     """
     if identity:
         before = len(identity["images"]), identity["seed"]

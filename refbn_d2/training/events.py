@@ -107,3 +107,16 @@ class EventWriter:
         self._bar.close()
         self._metrics.close()
         self._tensorboard.close()
+
+
+class SilentWriter:
+    """Stands for an EventWriter on all workers but 0: it writes nothing."""
+
+    def step(self, scalars: dict[str, float]) -> None:
+        """Do nothing."""
+
+    def write(self, iteration: int, lr: float) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""

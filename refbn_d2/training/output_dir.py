@@ -11,6 +11,7 @@ from refbn_d2.checkpoint.files import (
     load_checkpoint,
 )
 from refbn_d2.config.cfg_node import leaves
+from refbn_d2.utils.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ def check_output_dir(cfg, resume: bool, free_on_resume: tuple[str, ...]) -> None
 
     Raises:
         FileExistsError: OUTPUT_DIR holds a run, and it is not to be resumed.
-        ValueError: it is, with another config; names the keys that differ.
+        ConfigError: it is, with another config; names the keys that differ.
     """
     output_dir = Path(cfg.OUTPUT_DIR)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -39,7 +40,7 @@ def check_output_dir(cfg, resume: bool, free_on_resume: tuple[str, ...]) -> None
         if before.get(key) != now.get(key) and not key.startswith(free_on_resume)
     ]
     if changed:
-        raise ValueError(
+        raise ConfigError(
             f"--resume: {output_dir} holds a run of another config. "
             + "; ".join(changed)
             + ". Use its config, or another OUTPUT_DIR."
@@ -63,7 +64,7 @@ def last_checkpoint(output_dir: Path) -> dict | None:
     """The checkpoint that `TrainingLoop` wrote last; None, with a warning, where there is none.
 
     Raises:
-        ValueError: it cannot be read, or another program wrote it.
+        CheckpointError: it cannot be read, or another program wrote it.
     """
     name = last_checkpoint_name(output_dir)
     if name is None:
@@ -79,11 +80,11 @@ def check_resumable(path: str | os.PathLike, checkpoint: dict, needed: Iterable[
     """Returns if a run can go on with `checkpoint`, which then has all `needed` keys.
 
     Raises:
-        ValueError: it has not; names what it lacks.
+        CheckpointError: it has not; names what it lacks.
     """
     missing = sorted(set(needed) - checkpoint.keys())
     if missing:
-        raise ValueError(
+        raise CheckpointError(
             f"{path} was not written by a training run of this engine (it lacks "
             f"{', '.join(missing)}), so --resume cannot go on with it. Start from it in another "
             f"OUTPUT_DIR with MODEL.WEIGHTS {path}"

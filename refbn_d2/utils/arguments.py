@@ -5,6 +5,8 @@ import logging
 import sys
 from collections.abc import Callable
 
+from refbn_d2.utils.errors import RefBNError
+
 
 def default_argument_parser(description: str | None) -> argparse.ArgumentParser:
     """Detectron2's flags, and KEY VALUE pairs behind them; a tool may add its own."""
@@ -27,9 +29,16 @@ def default_argument_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run_or_exit(run: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
-    """`run(args)`; what a user can mend ends the process with one line (traceback in log.txt)."""
+    """Call `run(args)`; what a user can fix ends the process with one line.
+
+    Its traceback goes to log.txt, where there is one. Any other error is a bug, and passes with its
+    traceback.
+
+    Raises:
+        SystemExit: RefBNError or OSError was raised (1, with the line on stderr).
+    """
     try:
         run(args)
-    except (ValueError, OSError, ArithmeticError, NotImplementedError, ImportError) as error:
+    except (RefBNError, OSError) as error:
         logging.getLogger("refbn_d2").debug("", exc_info=True)
         sys.exit(f"{type(error).__name__}: {error}")

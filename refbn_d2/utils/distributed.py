@@ -12,7 +12,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from refbn_d2.utils.errors import ConfigError, RefBNError
+
 logger = logging.getLogger(__name__)
+
+GRACE = 10.0  # seconds that the other workers have to end by themselves once one has failed
 
 
 def launch(
@@ -31,7 +35,10 @@ def launch(
     returned.
 
     Raises:
-        ValueError: no worker; more GPUs than there are; or several machines with dist_url "auto".
+        ConfigError: no worker; more GPUs than there are; or several machines with dist_url "auto".
+        RefBNError, OSError: the first that a worker raised.
+        ProcessRaisedException: a worker raised anything else; has its traceback.
+        SystemExit: a worker ended with this code.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -39,9 +46,9 @@ def launch(
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         return _worker(local_rank, main, rank, size, local_size, "env://", device, args)
     if num_gpus_per_machine < 1:
-        raise ValueError(f"--num-gpus {num_gpus_per_machine}: it takes one worker or more.")
+        raise ConfigError(f"--num-gpus {num_gpus_per_machine}: it takes one worker or more.")
     if device == "cuda" and num_gpus_per_machine > torch.cuda.device_count():
-        raise ValueError(
+        raise ConfigError(
             f"--num-gpus {num_gpus_per_machine}, but this machine has {torch.cuda.device_count()}."
         )
     world_size = num_machines * num_gpus_per_machine
@@ -49,24 +56,34 @@ def launch(
         return main(*args)
     if dist_url == "auto":
         if num_machines > 1:
-            raise ValueError(
+            raise ConfigError(
                 "--dist-url auto is for one machine; give tcp://host:port for several."
             )
         dist_url = f"tcp://127.0.0.1:{_free_port()}"
+    errors = mp.get_context("spawn").SimpleQueue()
     context = mp.start_processes(
         _spawned,
-        args=(machine_rank, num_gpus_per_machine, main, world_size, dist_url, device, args),
+        args=(errors, machine_rank, num_gpus_per_machine, main, world_size, dist_url, device, args),
         nprocs=num_gpus_per_machine,
         join=False,
     )
     # Workers stop at an iteration that they agree on, and write a checkpoint: wait for them.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: _pass_on(number, context.processes))
+    handlers = {
+        number: signal.signal(number, lambda number, frame: _pass_on(number, context.processes))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
-        while not context.join():
+        while not context.join(grace_period=GRACE):
             pass
-    except mp.ProcessExitedException as error:
-        raise SystemExit(error.exit_code) from None
+    except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+        if not errors.empty():
+            raise errors.get() from None
+        if isinstance(error, mp.ProcessExitedException):
+            raise SystemExit(error.exit_code) from None
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _pass_on(number: int, processes: list) -> None:
@@ -75,10 +92,15 @@ def _pass_on(number: int, processes: list) -> None:
             os.kill(process.pid, number)
 
 
-def _spawned(local_rank, machine_rank, local_size, main, world_size, dist_url, device, args):
-    os.setsid()  # a terminal's Ctrl-C reaches the parent alone, which passes it on once
+def _spawned(local_rank, errors, machine_rank, local_size, main, world_size, url, device, args):
+    os.setsid()  # a terminal's Ctrl-C reaches only the parent, which passes it on once
     rank = machine_rank * local_size + local_rank
-    _worker(local_rank, main, rank, world_size, local_size, dist_url, device, args)
+    try:
+        _worker(local_rank, main, rank, world_size, local_size, url, device, args)
+    except (RefBNError, OSError) as error:
+        logger.debug("", exc_info=True)  # in log.txt
+        errors.put(error)
+        raise
 
 
 def _worker(local_rank, main, rank, world_size, local_size, dist_url, device, args):

@@ -19,6 +19,14 @@ class CheckpointError(RefBNError):
     """A checkpoint file that cannot be read, or that does not fit the model."""
 
 
+class DivergedError(RefBNError, FloatingPointError):
+    """A loss or a gradient is infinite or NaN: the training has diverged."""
+
+
+class MissingDependencyError(RefBNError, ImportError):
+    """A package that is not installed, or cannot be imported, and that the command needs."""
+
+
 def listing(names: Iterable[str], limit: int = 20, separator: str = ", ") -> str:
     """Join the first `limit` names, and say how many more there are."""
     names = list(names)

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from refbn_d2.utils.errors import DataError
 from refbn_d2.visualization.style import COLORS, FAINT, INK, save_figure
 
 _FEW = 20  # points of a curve that are shown each, and not smoothed
@@ -39,7 +40,7 @@ def plot_curves(metrics_json: str | os.PathLike, path: str | os.PathLike) -> Non
 
     Raises:
         FileNotFoundError: there is no such file of metrics.
-        ValueError: another line than the last is not JSON, or there is nothing to draw.
+        DataError: another line than the last is not JSON, or there is nothing to draw.
     """
     curves = _read_curves(Path(metrics_json))
     panels = [
@@ -53,7 +54,7 @@ def plot_curves(metrics_json: str | os.PathLike, path: str | os.PathLike) -> Non
         if (chosen := {name: c for name, c in curves.items() if pattern.fullmatch(name)})
     ]
     if not panels:
-        raise ValueError(
+        raise DataError(
             f"{metrics_json} has nothing to draw: no losses, AP, accuracy or learning rate over "
             "iterations."
         )
@@ -80,7 +81,7 @@ def compare_curves(
 
     Raises:
         FileNotFoundError: there is no such file of metrics.
-        ValueError: a file cannot be read, or no run has a metric.
+        DataError: a file cannot be read, or no run has a metric.
     """
     curves = {label: _read_curves(Path(file)) for label, file in runs.items()}
     figure = Figure(figsize=(4.8 * len(metrics) + 1.2, 3.9), layout="constrained")
@@ -91,7 +92,7 @@ def compare_curves(
         _style(ax, title)
         drawn = [(label, *c[name]) for label, c in curves.items() if name in c]
         if not drawn:
-            raise ValueError(f"none of {', '.join(map(str, runs.values()))} has {name!r}.")
+            raise DataError(f"none of {', '.join(map(str, runs.values()))} has {name!r}.")
         colors = dict(zip(curves, COLORS * len(curves), strict=False))
         for label, x, y in drawn:
             last = f"  {y[np.isfinite(y)][-1]:.3g}"
@@ -118,7 +119,7 @@ def _read_curves(file: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
+            raise DataError(f"{file}, line {number} is not JSON: {error}") from error
         for name, value in record.items() if isinstance(record, dict) else ():
             if isinstance(value, int | float) and "iteration" in record:
                 points.setdefault(name, {})[record["iteration"]] = value

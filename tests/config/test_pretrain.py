@@ -71,6 +71,7 @@ def test_a_dump_loads_and_changes_nothing(tmp_path):
         ("SOLVER.IMS_PER_BATCH", [0]),
         ("SOLVER.GRAD_ACCUM_STEPS", [0]),
         ("SOLVER.BASE_LR", [0.0, -1.0, float("inf"), float("nan")]),
+        ("SOLVER.BASE_LR_END", [0.11, -0.1]),  # above BASE_LR; below 0
         ("SOLVER.WARMUP_EPOCHS", [90, -1]),
         ("SOLVER.LR_SCHEDULER_NAME", ["WarmupCosineLR"]),
         ("SOLVER.DECAY_MILESTONES", [(60, 30)]),

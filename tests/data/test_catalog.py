@@ -4,6 +4,7 @@ import pytest
 
 from refbn_d2.config import get_cfg
 from refbn_d2.data import catalog, shapes
+from refbn_d2.utils.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def test_shapes_names():
 
 
 def test_unknown_name():
-    with pytest.raises(KeyError) as error:
+    with pytest.raises(ConfigError) as error:
         catalog.get("coco_2017_trian")
     for part in ("coco_2017_trian", "coco_2017_train", "shapes_val_noise", "DATASETS.REGISTER"):
         assert part in str(error.value)

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 from refbn_d2.checkpoint import load_checkpoint
-from refbn_d2.pretrain.trainer import Trainer, main
+from refbn_d2.config.resume import FREE_IN_PRETRAINING
+from refbn_d2.pretrain.trainer import Trainer, evaluate, train
+from refbn_d2.training.main import run_training
 
 ROOT = Path(__file__).parents[2]
 ALL_AT_ONCE = [
@@ -21,14 +23,14 @@ ALL_AT_ONCE = [
 def run(cfg, *overrides, resume=False, eval_only=False):
     cfg = cfg.clone()
     cfg.merge_from_list(list(overrides))
-    return main(cfg, resume, eval_only)
+    return run_training(cfg, train, evaluate, FREE_IN_PRETRAINING, resume, eval_only)
 
 
 def trainer(cfg, *overrides):
     cfg.merge_from_list([*overrides])
     out = Path(cfg.OUTPUT_DIR)
     out.mkdir(exist_ok=True)
-    return Trainer(cfg, out, resume=False, training=True)
+    return Trainer(cfg, out)
 
 
 def final(output_dir, key="model"):

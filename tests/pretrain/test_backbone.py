@@ -9,9 +9,11 @@ import yaml
 
 from refbn_d2.checkpoint import load_checkpoint, load_weights
 from refbn_d2.config import get_cfg
+from refbn_d2.config.resume import FREE_IN_PRETRAINING
 from refbn_d2.engines.torchvision.modeling import build_model as build_detector
 from refbn_d2.pretrain.models import build_model
-from refbn_d2.pretrain.trainer import main
+from refbn_d2.pretrain.trainer import evaluate, train
+from refbn_d2.training.main import run_training
 
 
 @pytest.fixture(scope="module", params=["RefBN", "BN", "GN"])
@@ -23,7 +25,7 @@ def pretrained(request, make_cfg, tmp_path_factory):
          "SOLVER.WARMUP_EPOCHS", 0, "MODEL.EMA.ENABLED", True, "MODEL.EMA.DECAY", 0.5,
          "MODEL.PIXEL_MEAN", [90.0, 100.0, 110.0], "MODEL.PIXEL_STD", [50.0, 60.0, 70.0]]
     )  # fmt: skip
-    main(cfg, resume=False, eval_only=False)
+    run_training(cfg, train, evaluate, FREE_IN_PRETRAINING, resume=False, eval_only=False)
     return cfg, Path(cfg.OUTPUT_DIR)
 
 
@@ -113,7 +115,7 @@ def test_detectron2_loads_it(pretrained):
 
 
 def test_no_backbone_for_other_models(cfg):
-    main(cfg, resume=False, eval_only=False)
+    run_training(cfg, train, evaluate, FREE_IN_PRETRAINING, resume=False, eval_only=False)
     folder = Path(cfg.OUTPUT_DIR)
     assert not list(folder.glob("backbone*"))
     log = (folder / "log.txt").read_text()

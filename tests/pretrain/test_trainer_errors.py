@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from PIL import Image
 
 from refbn_d2.checkpoint import load_checkpoint, save_checkpoint
 from refbn_d2.pretrain.trainer import Trainer
+from refbn_d2.utils import distributed
+from refbn_d2.utils.errors import DivergedError
 from tests.pretrain.helpers import final, run, start
 
 
@@ -107,10 +110,38 @@ def test_nan_loss_names_the_iteration_and_keeps_the_checkpoint(cfg, monkeypatch)
         return step(self, iteration, batch)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
-    with pytest.raises(FloatingPointError, match="at iteration 9: loss nan.*model_0000006.pth"):
+    with pytest.raises(
+        FloatingPointError, match="at iteration 9: .*'total_loss': nan.*model_0000006.pth"
+    ):
         run(cfg)
     weights = load_checkpoint(Path(cfg.OUTPUT_DIR) / "model_0000006.pth")["model"]
     assert all(value.isfinite().all() for value in weights.values())
+
+
+def worker_1_diverges(cfg):
+    """In each of two workers; the step that ends with a checkpoint has a loss of NaN on one."""
+    step = Trainer.step
+
+    def poisoned(self, iteration, batch):
+        if iteration + 1 == self.checkpoint_period:
+            self.model.register_forward_hook(lambda module, args, out: out * float("nan"))
+        try:
+            return step(self, iteration, batch)
+        except FloatingPointError:
+            time.sleep(3)  # worker 0 is not to be ended before it could write a checkpoint
+            raise
+
+    if distributed.rank() == 1:
+        Trainer.step = poisoned
+    run(cfg)
+
+
+@pytest.mark.slow
+def test_nan_on_worker_1_stops_worker_0_before_it_writes_weights(cfg):
+    with pytest.raises(DivergedError, match="at iteration 6: .*none yet"):
+        distributed.launch(worker_1_diverges, 2, 1, 0, "auto", "cpu", (cfg,))
+    assert not list(Path(cfg.OUTPUT_DIR).glob("model_*.pth"))
+    assert not (Path(cfg.OUTPUT_DIR) / "last_checkpoint").exists()
 
 
 def test_resume_needs_the_same_reference_images(cfg, tmp_path, tiny_classes):

@@ -59,6 +59,19 @@ def test_fewer_images_than_a_slice():
     assert seen == [3, 5]
 
 
+def test_the_pairs_of_a_classification_data_set():
+    """(image, label), as torch's datasets give them: the same as the images."""
+    model, expected = classifier(), classifier()
+    reference = ReferenceBatch(model, [(image, 1) for image in images(16)])
+    reference.begin()
+    ReferenceBatch(expected, images(16)).begin()
+    assert torch.equal(model[1].ref_mean, expected[1].ref_mean)
+    seen = rows_seen(model[0])
+    with reference.step():
+        model(images(3, 1)).sum().backward()
+    assert seen == [11]
+
+
 def test_the_iteration_may_be_given_and_is_saved():
     model = classifier()
     reference = ReferenceBatch(model, images(16))
@@ -133,7 +146,8 @@ def test_dicts_with_images_go_to_a_detectors_backbone():
     model.backbone.register_forward_pre_hook(lambda m, args: batches.append(args[0]))
     with reference.step():
         model([{"image": image} for image in images(2, 1)]).backward()
-    assert [len(batch) for batch in batches] == [16, 2]  # this hook runs before the slice's
+    assert [len(batch) for batch in batches] == [16, 10]
+    torch.testing.assert_close(batches[1][2:], (images(16)[:8] - 0.5) / 2.0)
     assert model.backbone[1].ref_count == 16 * 36
 
 
@@ -149,6 +163,7 @@ def test_torchvisions_detector_takes_pairs():
         "boxes": torch.tensor([[4.0, 4.0, 30.0, 30.0]]),
         "labels": torch.tensor([1]),
         "masks": torch.ones(1, 48, 64, dtype=torch.uint8),
+        "image_id": 7,  # no tensor, as torchvision's wrapped COCO has it
     }
     samples = [(torch.rand(3, 48, 64), target) for _ in range(4)]
     reference = ReferenceBatch(model, samples)

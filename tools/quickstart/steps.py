@@ -18,6 +18,7 @@ from typing import Any
 
 import jinja2
 
+from refbn_d2.utils.errors import ConfigError, DataError
 from refbn_d2.utils.file_io import write_text
 from refbn_d2.visualization.curves import compare_curves
 
@@ -137,7 +138,7 @@ def run(folder: Path, todo: list[Step]) -> "Record":
 
     Raises:
         ChildProcessError: a step failed; names its command.
-        ValueError: `folder` holds steps of other commands.
+        ConfigError: `folder` holds steps of other commands.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     record = Record(folder / "steps.json")
@@ -154,7 +155,7 @@ class Record:
     """steps.json: {name: {"command", "seconds", "done", "output"}}, written after every step.
 
     Raises:
-        ValueError: the file is no such record.
+        DataError: the file is no such record.
     """
 
     def __init__(self, path: Path) -> None:
@@ -164,13 +165,13 @@ class Record:
             try:
                 self.steps = json.loads(path.read_text())
             except ValueError as error:
-                raise ValueError(f"{path} is no record of a quickstart: {error}") from error
+                raise DataError(f"{path} is no record of a quickstart: {error}") from error
 
     def check(self, todo: Iterable[Step]) -> None:
         for step in todo:
             before = self.steps.get(step.name, {}).get("command", list(step.command))
             if before != list(step.command):
-                raise ValueError(
+                raise ConfigError(
                     f"{self.path.parent} holds a quickstart of other commands ({shlex.join(before)}"
                     f" there, {shlex.join(step.command)} now): move it away, or give --output-dir."
                 )

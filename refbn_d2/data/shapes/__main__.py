@@ -11,6 +11,7 @@ import numpy as np
 
 from refbn_d2.data.shapes.dataset import make_classification, make_detection, scenes, write_png
 from refbn_d2.data.shapes.drawing import CLASSES, DOMAINS, Scene, polygons
+from refbn_d2.utils.errors import ConfigError
 
 _FONT = cv2.FONT_HERSHEY_PLAIN
 
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     sheet = given.pop("contact_sheet", None)
     try:
         folder = make(**given)
-    except (ValueError, FileExistsError) as error:
+    except (ConfigError, FileExistsError) as error:
         parser.error(str(error))
     sheet = sheet or folder / "contact_sheet.png"
     contact_sheet(folder, sheet)

@@ -24,6 +24,7 @@ from refbn_d2.data.shapes.drawing import (
     draw_detection,
     polygons,
 )
+from refbn_d2.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def make_detection(root=None, *, seed=0, size=128, num_train=4000, num_val=500) 
         num_train, num_val (int): images.
 
     Raises:
-        ValueError: a parameter is out of range.
+        ConfigError: a parameter is out of range.
         FileExistsError: the folder holds other files, or a set made with other parameters.
     """
     return _make("detection", root, seed, size, num_train, num_val)
@@ -84,9 +85,9 @@ def _make(kind: str, root, seed: int, size, num_train: int, num_val: int) -> Pat
     folder, smallest, write, _ = _KINDS[kind]
     size = (size, size) if isinstance(size, int) else tuple(size)
     if len(size) != 2 or min(size) < smallest:
-        raise ValueError(f"size is {size}: {kind} images need (H, W) of {smallest} pixels or more")
+        raise ConfigError(f"size is {size}: {kind} images need (H, W) of {smallest} pixels or more")
     if seed < 0 or min(num_train, num_val) < 1:
-        raise ValueError(
+        raise ConfigError(
             f"seed is {seed}, num_train {num_train}, num_val {num_val} (least: 0, 1, 1)"
         )
     info = {"generator": GENERATOR, "version": VERSION, "kind": kind, "seed": seed}

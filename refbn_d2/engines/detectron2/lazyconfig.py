@@ -34,6 +34,7 @@ from refbn_d2.config.refbn import LAYER_OPTIONS
 from refbn_d2.engines.detectron2.trainer import (
     Checkpointer,
     Curves,
+    divergence,
     draw_predictions,
     join_workers,
     setup_log,
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     """What `tools/lazyconfig_train_net.py` does; see its `--help` for `args`.
 
     Raises:
-        ValueError: `refbn` holds what is no option, or is out of range.
+        ConfigError: `refbn` holds what is no option, or is out of range.
         FileExistsError: train.output_dir holds a run, and it is not to be resumed.
     """
     cfg = _config(args.config_file, tuple(args.opts))
@@ -128,7 +129,8 @@ def _train(cfg: DictConfig, args: argparse.Namespace, model: nn.Module) -> None:
     trainer.register_hooks(used)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     resumed = args.resume and checkpointer.has_checkpoint()
-    trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
+    with divergence(cfg.train.output_dir):
+        trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
 
 
 def _evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:

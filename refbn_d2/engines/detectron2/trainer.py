@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -42,12 +43,12 @@ from torch import nn
 from refbn_d2 import plugin
 from refbn_d2.checkpoint.files import Caffe2Checkpoint, load_checkpoint
 from refbn_d2.checkpoint.loading import load_weights
-from refbn_d2.config import ConfigError
 from refbn_d2.config.resume import FREE_IN_DETECTION
 from refbn_d2.plugin.hook import unwrapped
-from refbn_d2.training.output_dir import check_output_dir, check_resumable
+from refbn_d2.training.output_dir import check_output_dir, check_resumable, last_checkpoint_name
 from refbn_d2.utils.device import resolve_device
 from refbn_d2.utils.distributed import launch
+from refbn_d2.utils.errors import ConfigError, DataError, DivergedError
 from refbn_d2.visualization.curves import plot_curves
 from refbn_d2.visualization.samples import SAMPLES_SHOWN, draw_samples, sample_item
 
@@ -104,7 +105,25 @@ def _main(cfg: CfgNode, args: argparse.Namespace) -> None:
         return
     trainer = Trainer(cfg, args.allow_partial_weights)
     trainer.resume_or_load(resume=args.resume)
-    trainer.train()
+    with divergence(cfg.OUTPUT_DIR):
+        trainer.train()
+
+
+@contextmanager
+def divergence(output_dir: str) -> Iterator[None]:
+    """Turn Detectron2's FloatingPointError of a training that diverged into a user's error.
+
+    Raises:
+        DivergedError: instead of FloatingPointError; also says what to do.
+    """
+    try:
+        yield
+    except FloatingPointError as error:
+        last = last_checkpoint_name(Path(output_dir)) or "none yet"
+        raise DivergedError(
+            f"Training diverged: {error} Lower the learning rate or lengthen the warmup. Last "
+            f"checkpoint: {last}."
+        ) from error
 
 
 def join_workers(device: str, args: argparse.Namespace) -> None:
@@ -176,7 +195,7 @@ def build_evaluator(dataset_name: str, output_folder: str) -> DatasetEvaluator:
     """The evaluator of a data set's type, as in Detectron2's own script.
 
     Raises:
-        NotImplementedError: there is none for this type; names it.
+        ConfigError: there is none for this type; names it.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     semantic = functools.partial(SemSegEvaluator, output_dir=output_folder)
@@ -192,7 +211,7 @@ def build_evaluator(dataset_name: str, output_folder: str) -> DatasetEvaluator:
         "cityscapes_sem_seg": [CityscapesSemSegEvaluator],
     }
     if kind not in by_kind:
-        raise NotImplementedError(
+        raise ConfigError(
             f"There is no evaluator for data set {dataset_name} of evaluator_type {kind!r}; known: "
             f"{', '.join(by_kind)}. Set it with MetadataCatalog, or leave it out of DATASETS.TEST."
         )
@@ -217,8 +236,8 @@ class Checkpointer(DetectionCheckpointer):
 
         Raises:
             FileNotFoundError: worker 0 has no such file.
-            CheckpointError: it cannot be read, or does not fit the model.
-            ValueError: a run is to be resumed, and it is of another program's run.
+            CheckpointError: it cannot be read, does not fit the model, or is to be resumed and
+                belongs to another program's run.
         """
         file = path.partition("?")[0]  # behind it: matching_heuristics=True
         if path and "://" not in path and comm.is_main_process() and not os.path.isfile(file):
@@ -271,7 +290,7 @@ class Curves(hooks.HookBase):
     def after_train(self) -> None:
         try:
             plot_curves(self.folder / "metrics.json", self.folder / "curves.png")
-        except (ValueError, FileNotFoundError) as error:  # nothing to draw yet
+        except (DataError, FileNotFoundError) as error:  # nothing to draw yet
             logger.warning("No curves.png: %s", error)
 
 

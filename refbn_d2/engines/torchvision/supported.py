@@ -47,8 +47,10 @@ CHOICES = {
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
     "SOLVER.REFERENCE_WORLD_SIZE": (0,),
     "TEST.AUG.ENABLED": (False,),
-    "TEST.PRECISE_BN.ENABLED": (False,),
 }
+
+# Keys that must be above 0: without steps, checkpoints or a learning rate nothing is trained.
+POSITIVE = ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.BASE_LR")
 
 STAGES = ("stem", "res2", "res3", "res4", "res5")
 
@@ -82,6 +84,9 @@ def _unknown_choices(cfg) -> Iterator[tuple[str, str]]:
     for key, choices in CHOICES.items():
         if get(cfg, key) not in choices:
             yield key, " or ".join(map(repr, choices))
+    for key in POSITIVE:
+        if not get(cfg, key) > 0:
+            yield key, "a number above 0"
 
 
 def _misfits(cfg) -> Iterator[tuple[str, str]]:
@@ -116,6 +121,10 @@ def _misfits(cfg) -> Iterator[tuple[str, str]]:
         if len(model[section].IOU_LABELS) != len(model[section].IOU_THRESHOLDS) + 1:
             yield f"MODEL.{section}.IOU_LABELS", "one more than IOU_THRESHOLDS"
     yield from _heads_misfits(model)
+    solver = cfg.SOLVER
+    falls = 0 <= solver.BASE_LR_END <= solver.BASE_LR
+    if solver.LR_SCHEDULER_NAME == "WarmupCosineLR" and not falls:
+        yield "SOLVER.BASE_LR_END", f"0 to SOLVER.BASE_LR = {solver.BASE_LR}"
 
 
 def _heads_misfits(model) -> Iterator[tuple[str, str]]:

@@ -1,26 +1,25 @@
-"""Training and evaluation of a detector on torchvision's operators, out of a Detectron2 config."""
+"""Training and evaluation of a detector on torchvision's operators, from a Detectron2 config."""
 
-import json
 import logging
 from pathlib import Path
 
 import numpy as np
 import torch
+from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
+from torch import nn
 from tqdm import tqdm
 
 from refbn_d2.checkpoint.files import load_checkpoint
 from refbn_d2.checkpoint.loading import load_weights
-from refbn_d2.config import ConfigError, refbn_options
-from refbn_d2.config.resume import FREE_IN_DETECTION
+from refbn_d2.config import refbn_options
 from refbn_d2.engines.torchvision.data import (
     LoadedDataset,
     Mapper,
-    build_test_loader,
     build_train_loader,
     has_objects,
-    load_test_dicts,
     load_train_dicts,
 )
+from refbn_d2.engines.torchvision.evaluation import Evaluator
 from refbn_d2.engines.torchvision.modeling import build_model
 from refbn_d2.engines.torchvision.solver import build_optimizer, gradient_clipper, lr_multiplier
 from refbn_d2.layers import has_refbn
@@ -28,100 +27,115 @@ from refbn_d2.metrics import coco_ap
 from refbn_d2.reference.batch import ReferenceBatch
 from refbn_d2.reference.detection import image_rows
 from refbn_d2.reference.selection import is_landscape, select_reference
-from refbn_d2.training.events import setup_logging
 from refbn_d2.training.loop import TrainingLoop
-from refbn_d2.training.output_dir import check_output_dir, last_checkpoint
+from refbn_d2.training.output_dir import last_checkpoint
 from refbn_d2.utils import distributed
-from refbn_d2.utils.file_io import write_text
+from refbn_d2.utils.errors import ConfigError, DivergedError
 from refbn_d2.utils.random_state import seed_everything, seed_of_run
-from refbn_d2.visualization.samples import SAMPLES_SHOWN, draw_samples, sample_item
 
 logger = logging.getLogger(__name__)
 
 
-def main(cfg, resume: bool, eval_only: bool, allow_partial_weights: bool = False) -> dict:
-    """Train, then evaluate (or only evaluate) in this worker process.
+def train(cfg, output_dir: Path, resume: bool, allow_partial_weights: bool = False) -> dict:
+    """Train, then evaluate, in this worker process.
 
     Returns:
         {dataset: {"bbox": {"AP": ...}, "segm": ...}} on worker 0, {} on the others.
 
     Raises:
-        ValueError, FileNotFoundError: a config, dataset or checkpoint that cannot be used.
-        FloatingPointError: a loss became infinite or NaN; names iteration and loss.
+        ConfigError, DataError, CheckpointError, FileNotFoundError: what cannot be used.
+        DivergedError: a loss or a gradient became infinite or NaN; names the iteration.
         SystemExit: interrupted (128 + signal), or TEST.EXPECTED_RESULTS were not reached (1).
     """
-    output_dir = Path(cfg.OUTPUT_DIR)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if not eval_only:
-        check_output_dir(cfg, resume, FREE_IN_DETECTION)
-    setup_logging(output_dir, distributed.rank())
-    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
-    trainer = Trainer(cfg, output_dir, resume, allow_partial_weights, training=not eval_only)
-    if eval_only:
-        results = trainer.evaluate()
-    else:
-        results = trainer.train()
+    results = Trainer(cfg, output_dir, resume, allow_partial_weights).train()
+    _check_expected(cfg, results)
+    return results
+
+
+def evaluate(cfg, output_dir: Path, resume: bool, allow_partial_weights: bool = False) -> dict:
+    """Evaluate MODEL.WEIGHTS, or the last checkpoint with `resume`; returns and raises as `train`.
+
+    Raises:
+        ConfigError: DATASETS.TEST is empty.
+    """
+    evaluator = Evaluator(cfg, output_dir)
+    if not evaluator.datasets:
+        raise ConfigError("DATASETS.TEST is empty: --eval-only has nothing to evaluate on.")
+    checkpoint = last_checkpoint(output_dir) if resume else None
+    if not (checkpoint or cfg.MODEL.WEIGHTS):
+        logger.warning("MODEL.WEIGHTS is empty: evaluating a model of random weights.")
+    torch.manual_seed(checkpoint["seed"] if checkpoint else seed_of_run(cfg))
+    results = evaluator(_build_model(cfg, checkpoint, allow_partial_weights))
+    _check_expected(cfg, results)
+    return results
+
+
+def _build_model(cfg, checkpoint: dict | None, allow_partial_weights: bool) -> nn.Module:
+    """Return the model with the checkpoint's weights, else MODEL.WEIGHTS."""
+    model = build_model(cfg)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    elif cfg.MODEL.WEIGHTS:
+        state = load_checkpoint(cfg.MODEL.WEIGHTS)["model"]
+        load_weights(model, state, cfg.MODEL.WEIGHTS, allow_partial_weights)
+    return model
+
+
+def _check_expected(cfg, results: dict[str, dict]) -> None:
     if distributed.rank() == 0 and cfg.TEST.EXPECTED_RESULTS:
         first = next(iter(results.values()), {})
         if not coco_ap.verify_results(cfg.TEST.EXPECTED_RESULTS, first):
             raise SystemExit(1)
-    return results
 
 
 class Trainer(TrainingLoop):
     """One run: model, data, optimizer, reference batch and their state on disk."""
 
     def __init__(
-        self, cfg, output_dir: Path, resume: bool, allow_partial_weights: bool, training: bool
+        self, cfg, output_dir: Path, resume: bool = False, allow_partial_weights: bool = False
     ) -> None:
-        self.cfg, self.output_dir = cfg, output_dir
-        self.device = torch.device(cfg.MODEL.DEVICE)
-        # All of them now: what is wrong with one should not come out at the end of the training.
-        self.test_data = {name: load_test_dicts(cfg, name) for name in cfg.DATASETS.TEST}
+        self.evaluator = Evaluator(cfg, output_dir)
         checkpoint = last_checkpoint(output_dir) if resume else None
-        self.seed = checkpoint["seed"] if checkpoint else seed_of_run(cfg)
-        torch.manual_seed(self.seed)
-        self.model = build_model(cfg)
-        self.start_iteration = checkpoint["iteration"] + 1 if checkpoint else 0
-        if checkpoint:
-            self.model.load_state_dict(checkpoint["model"])
-        elif cfg.MODEL.WEIGHTS:
-            state = load_checkpoint(cfg.MODEL.WEIGHTS)["model"]
-            load_weights(self.model, state, cfg.MODEL.WEIGHTS, allow_partial_weights)
-        elif not training:
-            logger.warning("MODEL.WEIGHTS is empty: evaluating a model of random weights.")
-        if not training and not self.test_data:
-            raise ConfigError("DATASETS.TEST is empty: --eval-only has nothing to evaluate on.")
-        if training:
-            self._prepare_training(checkpoint)
-
-    def _prepare_training(self, checkpoint: dict | None) -> None:
-        cfg = self.cfg
-        self.max_iter, self.eval_period = cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD
-        self.checkpoint_period = cfg.SOLVER.CHECKPOINT_PERIOD
+        seed = checkpoint["seed"] if checkpoint else seed_of_run(cfg)
+        torch.manual_seed(seed)
+        model = _build_model(cfg, checkpoint, allow_partial_weights)
         data = load_train_dicts(cfg)
-        self.optimizer = build_optimizer(cfg, self.model)
+        self.train_dicts = data.dicts
+        start = checkpoint["iteration"] + 1 if checkpoint else 0
+        optimizer = build_optimizer(cfg, model)
         self.multiplier = lr_multiplier(cfg)
         self.clip_gradients = gradient_clipper(cfg)
-        half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
-        self.autocast = torch.autocast(self.device.type, half, enabled=cfg.SOLVER.AMP.ENABLED)
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=cfg.SOLVER.AMP.ENABLED and half == torch.float16
+        device, amp = cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED
+        half = torch.float16 if device == "cuda" else torch.bfloat16
+        self.autocast = torch.autocast(device, half, enabled=amp)
+        loader = build_train_loader(
+            cfg, data.dicts, start, distributed.rank(), distributed.world_size(), seed
         )
-        self.loader = build_train_loader(
-            cfg, data.dicts, self.start_iteration, distributed.rank(), distributed.world_size(),
-            self.seed,
-        )  # fmt: skip
-        self.reference = None
-        if has_refbn(self.model):
-            self.reference = self._reference(data, checkpoint)
-        self.wrapped = distributed.data_parallel(self.model, self.device)
+        reference = None
+        if has_refbn(model):
+            reference = self._reference(cfg, model, data, checkpoint)
+        super().__init__(
+            cfg=cfg,
+            output_dir=output_dir,
+            model=model,
+            loader=loader,
+            optimizer=optimizer,
+            scaler=torch.amp.GradScaler(device, enabled=amp and half == torch.float16),
+            reference=reference,
+            seed=seed,
+            start_iteration=start,
+            max_iter=cfg.SOLVER.MAX_ITER,
+            checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
+            eval_period=cfg.TEST.EVAL_PERIOD,
+        )
         if checkpoint:
             self.load_state_dict(checkpoint)
 
-    def _reference(self, data, checkpoint: dict | None) -> ReferenceBatch:
-        """The reference batch: the checkpoint's again, or chosen and captured."""
-        cfg, options = self.cfg, refbn_options(self.cfg)
+    def _reference(
+        self, cfg, model: nn.Module, data: LoadedDataset, checkpoint: dict | None
+    ) -> ReferenceBatch:
+        """Return the reference batch: the checkpoint's again, or chosen and captured."""
+        options = refbn_options(cfg)
         names = " + ".join(cfg.DATASETS.TRAIN)
         dicts = data.dicts
         if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
@@ -139,26 +153,26 @@ class Trainer(TrainingLoop):
 
         def forward(samples: list[dict]) -> None:
             with self.autocast:
-                self.model(samples)
+                model(samples)
 
         reference = ReferenceBatch(
-            self.model,
+            model,
             samples,
             options,
             forward=forward,
             identity=identity,
-            concat_to=self.model.backbone,
-            rows=image_rows(self.model),
+            concat_to=model.backbone,
+            rows=image_rows(model),
         )
         if state:
             reference.load_state_dict(state)
         else:
-            self.model.train()
+            model.train()
             reference.begin()
         return reference
 
     def step(self, iteration: int, samples: list[dict]) -> tuple[float, dict[str, float]]:
-        """One optimizer step; the learning rate and the losses of this worker."""
+        """Run one optimizer step; return the learning rate and this worker's losses."""
         seed_everything(self.seed, distributed.rank(), iteration)
         factor = self.multiplier(iteration / self.cfg.SOLVER.MAX_ITER)
         for group in self.optimizer.param_groups:
@@ -168,72 +182,43 @@ class Trainer(TrainingLoop):
         with self.autocast:
             try:
                 losses = self.wrapped(samples)
-            except FloatingPointError as error:  # proposals that are not finite
+            except DivergedError as error:  # proposals that are not finite
                 raise self.diverged(iteration, error) from error
             total = sum(losses.values())
         self.optimizer.zero_grad()
         self.scaler.scale(total).backward()
         if self.reference:
             self.reference.after_step()
-        names = ["total_loss", *losses]
-        values = torch.stack([total, *losses.values()]).tolist()  # the one read of the device
-        losses = dict(zip(names, values, strict=True))
-        if not np.isfinite(losses["total_loss"]):
-            raise self.diverged(iteration, losses)
         self.scaler.unscale_(self.optimizer)
         self.clip_gradients(self.model)
+        measured = self.read_losses(iteration, {"total_loss": total, **losses})
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return self.cfg.SOLVER.BASE_LR * factor, losses
+        return self.cfg.SOLVER.BASE_LR * factor, measured
+
+    def finish_statistics(self, iteration: int) -> None:
+        """With TEST.PRECISE_BN, replace the running statistics by averages over NUM_ITER batches.
+
+        fvcore's PreciseBN, as in Detectron2 (Wu and Johnson, "Rethinking Batch in BatchNorm", 2021,
+        section 3). The batches are a training loader's own, so the run's stay as they are.
+        """
+        options = self.cfg.TEST.PRECISE_BN
+        if not options.ENABLED or not get_bn_modules(self.model):
+            return
+        batches = build_train_loader(
+            self.cfg, self.train_dicts, iteration + 1, distributed.rank(),
+            distributed.world_size(), self.seed,
+        )  # fmt: skip
+        seed_everything(self.seed, distributed.rank(), iteration)
+        with self.autocast:
+            update_bn_stats(self.model, batches, options.NUM_ITER, progress="tqdm")
 
     def evaluate(self) -> dict[str, dict]:
-        """{dataset: AP} of DATASETS.TEST on worker 0, {} on others; draws the first's pictures."""
-        results = {}
-        self.model.eval()
-        distributed.share_buffers(self.model)
-        for name, data in self.test_data.items():
-            found, shown = self._predict(data)
-            if distributed.rank() != 0:
-                continue
-            folder = self.output_dir / "inference"
-            if len(self.cfg.DATASETS.TEST) > 1:
-                folder /= name
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / "coco_instances_results.json", json.dumps(found))
-            if not any(d["annotations"] for d in data.dicts):
-                logger.warning("%s has no annotations: %s is written, not scored.", name, folder)
-                continue
-            tasks = ("bbox", "segm") if self.cfg.MODEL.MASK_ON else ("bbox",)
-            result = coco_ap.evaluate(
-                data.json_file, found, tasks, data.class_names, self.cfg.TEST.DETECTIONS_PER_IMAGE
-            )
-            logger.info("%s:\n%s", name, coco_ap.format_table(result))
-            if not results:
-                draw_samples(shown, data.class_names, self.output_dir / "samples.png")
-            results[name] = result
-        return results
-
-    def _predict(self, data: LoadedDataset) -> tuple[list[dict], list[tuple]]:
-        """COCO results of all workers (on worker 0), and the first images with both sides drawn."""
-        workers = distributed.world_size()
-        # No more pixels than one image of Detectron2's usual size has.
-        batch_size = 800 * 1333 // max(1, self.cfg.INPUT.MAX_SIZE_TEST) ** 2
-        batch_size = min(max(batch_size, 1), 16) if self.cfg.INPUT.MIN_SIZE_TEST else 1
-        loader = build_test_loader(self.cfg, data.dicts, distributed.rank(), workers, batch_size)
-        by_id = {d["image_id"]: d for d in data.dicts}
-        to_dataset_id = {contiguous: id_ for id_, contiguous in data.id_map.items()}
-        found, shown = [], []
-        for samples in tqdm(loader, f"evaluating {data.name}", disable=None, leave=False):
-            with torch.no_grad():
-                predictions = self.model(samples)
-            for sample, prediction in zip(samples, predictions, strict=True):
-                found += coco_ap.to_coco_results(sample["image_id"], prediction, to_dataset_id)
-                if len(shown) < SAMPLES_SHOWN:
-                    shown.append(sample_item(by_id[sample["image_id"]], prediction))
-        return [result for part in distributed.gather(found) for result in part], shown
+        """Return {dataset: AP} of DATASETS.TEST on worker 0, {} on the others."""
+        return self.evaluator(self.model)
 
     def scalars(self, results: dict[str, dict]) -> dict[str, float]:
-        """{"bbox/AP": ...}, with the dataset's name in front where there are several."""
+        """Return {"bbox/AP": ...}, with the dataset's name in front where there are several."""
         return {
             "/".join([name, task, metric] if len(results) > 1 else [task, metric]): value
             for name, tasks in results.items()

@@ -18,6 +18,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from refbn_d2.config import ConfigError
 from refbn_d2.data import shapes
 from refbn_d2.utils import distributed
+from refbn_d2.utils.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class ReaderShards(Reader):
     shards once (local files), and then each image by its place.
 
     Raises:
-        ValueError: a shard is broken, or a sample has no image or no .cls with a number.
+        DataError: a shard is broken, or a sample has no image or no .cls with a number.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -42,7 +43,7 @@ class ReaderShards(Reader):
             try:
                 self._add(number, file)
             except tarfile.TarError as error:
-                raise ValueError(f"{file} is cut off or no tar file: {error}") from error
+                raise DataError(f"{file} is cut off or no tar file: {error}") from error
         self.class_to_idx = {str(label): label for label in sorted(set(self.targets))}
 
     def _add(self, number: int, file: Path) -> None:
@@ -51,7 +52,7 @@ class ReaderShards(Reader):
                 image = next((m for e, m in members.items() if e in _IMAGES), None)
                 label = tar.extractfile(members["cls"]).read() if "cls" in members else b""
                 if image is None or not label.strip().isdigit():
-                    raise ValueError(
+                    raise DataError(
                         f"sample {key!r} of {file} lacks an image or its .cls with a number; is "
                         "the file whole?"
                     )
@@ -144,7 +145,7 @@ def _is_shard(file: Path) -> bool:
         with tarfile.open(file) as tar:
             return any(member.name.endswith(".cls") for member in islice(tar, 8))
     except tarfile.TarError as error:
-        raise ValueError(f"{file} is cut off or no tar file: {error}") from error
+        raise DataError(f"{file} is cut off or no tar file: {error}") from error
 
 
 def _tars(path: Path) -> list[Path]:

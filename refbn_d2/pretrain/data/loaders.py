@@ -25,6 +25,7 @@ from refbn_d2.data import shapes
 from refbn_d2.data.samplers import GroupedBatchSampler, start_worker
 from refbn_d2.pretrain.data.datasets import ImageSet
 from refbn_d2.utils import distributed
+from refbn_d2.utils.errors import DataError
 from refbn_d2.utils.random_state import seed_everything
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Samples(Dataset):
         """Image `index`; `entropy` decides its augmentation.
 
         Raises:
-            ValueError: ten images in a row cannot be read.
+            DataError: ten images in a row cannot be read.
         """
         unreadable: list[tuple[str, str]] = []
         for _ in range(ATTEMPTS if self.replace else 1):
@@ -70,7 +71,7 @@ class Samples(Dataset):
             seed_everything(*entropy)
             return self.transform(image), self.images.labels[index], unreadable
         if self.replace:
-            raise ValueError(
+            raise DataError(
                 f"{self.images.path}: {ATTEMPTS} images in a row cannot be read: "
                 + _named(unreadable)
             )
@@ -103,7 +104,7 @@ class Unreadable:
         """What of a batch could not be read.
 
         Raises:
-            ValueError: more than the share of this worker's part of the images are broken.
+            DataError: more than the share of this worker's part of the images are broken.
         """
         for name, reason in unreadable:
             if name not in self.found:
@@ -114,7 +115,7 @@ class Unreadable:
                 )  # fmt: skip
         part = len(self.images) / distributed.world_size()
         if len(self.found) > self.share * part:
-            raise ValueError(
+            raise DataError(
                 f"{self.images.path}: {len(self.found)} of {len(self.images)} images cannot be "
                 f"read, which is more than DATALOADER.MAX_UNREADABLE = {self.share} of them: "
                 + _named(islice(self.found.items(), 5))
@@ -154,8 +155,8 @@ def build_train_loader(cfg, samples: Samples, seed: int, start_iteration: int) -
     """An endless loader of this worker's shares of batches, from `start_iteration` on.
 
     Raises:
-        ValueError: SOLVER.IMS_PER_BATCH cannot be shared out.
-        ConfigError: DATALOADER.BATCH_COMPOSITION is "domain", and an image's name tells none.
+        ConfigError: SOLVER.IMS_PER_BATCH cannot be split over the workers; or
+            DATALOADER.BATCH_COMPOSITION is "domain", and an image's name tells none.
     """
     sampler = GroupedBatchSampler(
         _groups(cfg, samples.images), cfg.SOLVER.IMS_PER_BATCH, seed, distributed.rank(),

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from refbn_d2.checkpoint.files import load_checkpoint
+from refbn_d2.utils.errors import ConfigError
 from tests.detectron2_scripts import ROOT, call
 
 pytestmark = pytest.mark.detectron2
@@ -60,6 +61,7 @@ def test_two_workers(config_file, tmp_path):
         (["MODEL.REFBN.SLICE_SIZE", 5], r"MODEL.REFBN.SLICE_SIZE = 5; allowed: at most"),
         (["MODEL.REFBN.NUM_IMAGES", 25], "NUM_IMAGES is 25, but the training set has 24"),
         (["MODEL.WEIGHTS", "gone.pth"], "gone.pth: there is no such checkpoint file"),
+        (["SOLVER.BASE_LR", 1e12, "SOLVER.WARMUP_ITERS", 0], "Training diverged: .*none yet"),
     ],
 )  # fmt: skip
 def test_bad_input_ends_in_one_line(detectron2_cfg, config_file, tmp_path, overrides, message):
@@ -88,7 +90,7 @@ def test_the_type_of_a_test_set_chooses_the_evaluator(tmp_path):
         except FileNotFoundError:  # it reads its annotations at once, and COCO is not here
             pass
     MetadataCatalog.get("odd").set(evaluator_type="smell")
-    with pytest.raises(NotImplementedError, match="data set odd of evaluator_type 'smell'"):
+    with pytest.raises(ConfigError, match="data set odd of evaluator_type 'smell'"):
         build_evaluator("odd", str(tmp_path))
     MetadataCatalog.remove("odd")
 

@@ -184,11 +184,12 @@ def test_a_checkpoint_of_either_engine_loads_in_the_other(detectron2_cfg, tiny_c
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.modeling import build_model
 
+    from refbn_d2.engines.torchvision import trainer
     from refbn_d2.engines.torchvision.modeling import build_model as build_ours
-    from refbn_d2.engines.torchvision.trainer import main
+    from refbn_d2.training.main import run_training
 
     tiny_cfg.merge_from_list(["SOLVER.MAX_ITER", 2, "DATASETS.TEST", []])
-    main(copy.deepcopy(tiny_cfg), resume=False, eval_only=False)
+    run_training(copy.deepcopy(tiny_cfg), trainer.train, trainer.evaluate, (), False, False)
     path = tmp_path / "output/model_final.pth"
     theirs = build_model(detectron2_cfg)
     DetectionCheckpointer(theirs).load(str(path))

@@ -17,6 +17,7 @@ FPN = [
     *("MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p3", "p4", "p5"]),
     *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead", "MODEL.ROI_BOX_HEAD.NUM_FC", 2),
 ]
+COSINE = ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR", 0.001]
 RESNET18 = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
 
 
@@ -36,6 +37,8 @@ def config(*overrides):
         [*FPN, "MODEL.RESNETS.NORM", "RefBN", "MODEL.FPN.NORM", "GN"],
         [*FPN, "MODEL.ANCHOR_GENERATOR.SIZES", [[32, 64]]],
         [*FPN, "INPUT.CROP.ENABLED", True, "TEST.AUG.FLIP", False],
+        [*COSINE, "SOLVER.BASE_LR_END", 0.001],
+        ["SOLVER.BASE_LR_END", 0.1],  # of no effect with steps
         ["MODEL.RETINANET.NUM_CLASSES", 3],  # of no effect here, nor in Detectron2
     ],
 )
@@ -99,6 +102,12 @@ def test_all_unsupported_keys_are_listed():
         (["MODEL.ROI_HEADS.NAME", "StandardROIHeads"], "MODEL.ROI_BOX_HEAD.NAME"),
         (["MODEL.ROI_HEADS.NUM_CLASSES", 0], "MODEL.ROI_HEADS.NUM_CLASSES"),
         (["MODEL.PIXEL_STD", [1.0]], "MODEL.PIXEL_STD"),
+        (["SOLVER.MAX_ITER", 0], "SOLVER.MAX_ITER"),
+        (["SOLVER.CHECKPOINT_PERIOD", 0], "SOLVER.CHECKPOINT_PERIOD"),
+        (["SOLVER.BASE_LR", 0], "SOLVER.BASE_LR"),
+        (["SOLVER.BASE_LR", float("nan")], "SOLVER.BASE_LR"),
+        ([*COSINE, "SOLVER.BASE_LR_END", 0.0011], "SOLVER.BASE_LR_END"),
+        ([*COSINE, "SOLVER.BASE_LR_END", -0.1], "SOLVER.BASE_LR_END"),
         ([*FPN, "MODEL.FPN.IN_FEATURES", []], "MODEL.FPN.IN_FEATURES"),
         ([*FPN, "MODEL.FPN.IN_FEATURES", ["res2", "res4"]], "MODEL.FPN.IN_FEATURES"),
         ([*FPN, "MODEL.RESNETS.RES5_DILATION", 2], "MODEL.RESNETS.RES5_DILATION"),

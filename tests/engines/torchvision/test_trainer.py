@@ -14,8 +14,12 @@ import pytest
 import torch
 
 from refbn_d2.checkpoint.files import load_checkpoint, save_checkpoint
+from refbn_d2.config.resume import FREE_IN_DETECTION
 from refbn_d2.engines.torchvision import trainer as trainer_module
-from refbn_d2.engines.torchvision.trainer import Trainer, main
+from refbn_d2.engines.torchvision.trainer import Trainer, evaluate, train
+from refbn_d2.training.main import run_training
+from refbn_d2.utils import distributed
+from refbn_d2.utils.errors import ConfigError, DivergedError
 
 ROOT = Path(__file__).parents[3]
 
@@ -23,7 +27,7 @@ ROOT = Path(__file__).parents[3]
 def run(cfg, *overrides, resume=False, eval_only=False):
     cfg = cfg.clone()
     cfg.merge_from_list(list(overrides))
-    return main(cfg, resume, eval_only)
+    return run_training(cfg, train, evaluate, FREE_IN_DETECTION, resume, eval_only)
 
 
 def weights(output_dir, name="model_final"):
@@ -241,7 +245,7 @@ def test_random_numbers_differ_by_seed(tiny_cfg, tmp_path):
     for seed in (3, 4):
         out = tmp_path / str(seed)
         tiny_cfg.merge_from_list(["SEED", seed, "OUTPUT_DIR", str(out)])
-        trainer = Trainer(tiny_cfg, out, False, False, training=True)
+        trainer = Trainer(tiny_cfg, out)
         weights = losses.setdefault("weights", copy.deepcopy(trainer.model.state_dict()))
         trainer.model.load_state_dict(weights)
         samples = losses.setdefault("samples", next(iter(trainer.loader)))
@@ -280,6 +284,36 @@ def test_nan_in_a_loss_alone(tiny_cfg, monkeypatch):
     monkeypatch.setattr(trainer_module.build_model(tiny_cfg).__class__, "forward", poisoned)
     with pytest.raises(FloatingPointError, match="at iteration 0: .*'loss_mask': nan.*none yet"):
         run(tiny_cfg)
+
+
+def _times_nan(module, args, losses):
+    return {name: loss * float("nan") for name, loss in losses.items()}
+
+
+def worker_1_diverges(cfg):
+    """In each of two workers; the step that ends with a checkpoint has a loss of NaN on one."""
+    step = Trainer.step
+
+    def poisoned(self, iteration, batch):
+        if iteration + 1 == self.checkpoint_period:
+            self.model.register_forward_hook(_times_nan)
+        try:
+            return step(self, iteration, batch)
+        except FloatingPointError:
+            time.sleep(3)  # worker 0 is not to be ended before it could write a checkpoint
+            raise
+
+    if distributed.rank() == 1:
+        Trainer.step = poisoned
+    run(cfg)
+
+
+@pytest.mark.slow
+def test_nan_on_worker_1_stops_worker_0_before_it_writes_weights(tiny_cfg):
+    with pytest.raises(DivergedError, match="at iteration 3: .*none yet"):
+        distributed.launch(worker_1_diverges, 2, 1, 0, "auto", "cpu", (tiny_cfg,))
+    assert not list(Path(tiny_cfg.OUTPUT_DIR).glob("model_*.pth"))
+    assert not (Path(tiny_cfg.OUTPUT_DIR) / "last_checkpoint").exists()
 
 
 def test_output_dir_of_another_run_is_left_alone(tiny_cfg):
@@ -357,7 +391,7 @@ def test_eval_only_without_a_dataset(tiny_cfg):
 
 
 def test_a_test_set_is_looked_for_before_training(tiny_cfg):
-    with pytest.raises(KeyError, match="shapes_vall"):
+    with pytest.raises(ConfigError, match="shapes_vall"):
         run(tiny_cfg, "DATASETS.TEST", ["shapes_vall"])
     assert not (Path(tiny_cfg.OUTPUT_DIR) / "metrics.json").exists()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pycocotools.mask as mask_util
 
 from refbn_d2.data import catalog
+from refbn_d2.utils.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -34,17 +35,18 @@ def load_train_dicts(cfg) -> LoadedDataset:
     """Loads and joins all of DATASETS.TRAIN.
 
     Raises:
-        ValueError: no name given, classes differ between the sets or from
-            MODEL.ROI_HEADS.NUM_CLASSES, or masks are trained and missing.
+        ConfigError: no name given, or the classes differ in number from
+            MODEL.ROI_HEADS.NUM_CLASSES.
+        DataError: the classes differ between the sets, or masks are trained and missing.
     """
     if not cfg.DATASETS.TRAIN:
-        raise ValueError("DATASETS.TRAIN = () names no training data; give it a dataset's name")
+        raise ConfigError("DATASETS.TRAIN = () names no training data; give it a dataset's name")
     catalog.register_from_config(cfg)
     parts = [_load(cfg, name) for name in cfg.DATASETS.TRAIN]
     first = parts[0]
     for other in parts[1:]:
         if other.class_names != first.class_names:
-            raise ValueError(
+            raise DataError(
                 f"DATASETS.TRAIN joins {first.name} and {other.name}, whose classes differ: "
                 f"{_shown(first.class_names)} and {_shown(other.class_names)}. Joined datasets "
                 "need the same class names in the same order of category ids"
@@ -61,7 +63,7 @@ def load_test_dicts(cfg, name: str) -> LoadedDataset:
     """Loads one dataset of DATASETS.TEST; a file without annotations will do.
 
     Raises:
-        ValueError: its classes differ in number from MODEL.ROI_HEADS.NUM_CLASSES.
+        ConfigError: its classes differ in number from MODEL.ROI_HEADS.NUM_CLASSES.
     """
     catalog.register_from_config(cfg)
     return _load(cfg, name, require_annotations=False)
@@ -74,7 +76,7 @@ def _load(cfg, name: str, require_annotations: bool = True) -> LoadedDataset:
         cfg.DATALOADER.DOMAIN_FIELD,
     )  # fmt: skip
     if len(class_names) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-        raise ValueError(
+        raise ConfigError(
             f"MODEL.ROI_HEADS.NUM_CLASSES = {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, and dataset {name} "
             f"({dataset.json_file}) has {len(class_names)} classes: {_shown(class_names)}. "
             f"Set MODEL.ROI_HEADS.NUM_CLASSES {len(class_names)}, or use another dataset"
@@ -86,7 +88,7 @@ def _check_masks(dataset: LoadedDataset) -> None:
     for dataset_dict in dataset.dicts:
         for ann in dataset_dict["annotations"]:
             if "segmentation" not in ann and not ann["iscrowd"]:
-                raise ValueError(
+                raise DataError(
                     f"MODEL.MASK_ON = True, and annotation {ann['id']} of image "
                     f"{dataset_dict['image_id']} in {dataset.json_file} (dataset {dataset.name}) "
                     "has no segmentation. Add masks, or set MODEL.MASK_ON False"
@@ -114,7 +116,7 @@ def load_coco_json(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, not COCO's format, or an image or annotation that cannot be
+        DataError: not JSON, not COCO's format, or an image or annotation that cannot be
             right; names the file, the annotation's id and the image.
     """
     content = _read_json(Path(json_file), dataset_name)
@@ -125,7 +127,7 @@ def load_coco_json(
     ):
         have = sorted(content) if isinstance(content, dict) else [type(content).__name__]
         lacks = [p for p in parts if not isinstance(content, dict) or p not in content] or parts
-        raise ValueError(
+        raise DataError(
             f"{where} is not in COCO's instances format: it lacks the list {' and '.join(lacks)} "
             f"(it holds {_shown(have)})"
         )
@@ -136,7 +138,7 @@ def load_coco_json(
     _read_annotations(content.get("annotations", []), images, id_map, where)
     dicts = [images[image_id] for image_id in sorted(images)]
     if require_annotations and not any(d["annotations"] for d in dicts):
-        raise ValueError(f"{where}: no usable annotation in {len(dicts)} images")
+        raise DataError(f"{where}: no usable annotation in {len(dicts)} images")
     logger.info("%s: %d images, %d classes", where, len(dicts), len(class_names))
     return dicts, class_names, id_map
 
@@ -152,9 +154,9 @@ def _read_json(json_file: Path, dataset_name: str):
             "one's own are named in DATASETS.REGISTER"
         ) from None
     except OSError as e:
-        raise ValueError(f"dataset {dataset_name}: {json_file} cannot be read: {e}") from e
+        raise DataError(f"dataset {dataset_name}: {json_file} cannot be read: {e}") from e
     except ValueError as e:  # also UnicodeDecodeError
-        raise ValueError(f"dataset {dataset_name}: {json_file} is not JSON: {e}") from e
+        raise DataError(f"dataset {dataset_name}: {json_file} is not JSON: {e}") from e
 
 
 def _read_categories(categories: list, where: str) -> tuple[dict[int, int], list[str]]:
@@ -163,12 +165,12 @@ def _read_categories(categories: list, where: str) -> tuple[dict[int, int], list
         try:
             key, name = category["id"], category["name"]
         except (TypeError, KeyError):
-            raise ValueError(f"{where}: category number {number} lacks id or name") from None
+            raise DataError(f"{where}: category number {number} lacks id or name") from None
         if key in names:
-            raise ValueError(f"{where}: category id {key} is given to {names[key]} and to {name}")
+            raise DataError(f"{where}: category id {key} is given to {names[key]} and to {name}")
         names[key] = str(name)
     if not names:
-        raise ValueError(f"{where}: its list of categories is empty")
+        raise DataError(f"{where}: its list of categories is empty")
     ids = _sorted_ids(names, where)
     return {key: i for i, key in enumerate(ids)}, [names[key] for key in ids]
 
@@ -182,7 +184,7 @@ def _read_images(images: list, image_root, where: str, domain_field: str) -> dic
             height, width = image["height"], image["width"]
             repeated = key in found
         except (TypeError, KeyError) as e:
-            raise ValueError(
+            raise DataError(
                 f"{where}: image number {number} is broken ({type(e).__name__}: {e}); each needs "
                 "id, file_name, height and width"
             ) from None
@@ -190,12 +192,12 @@ def _read_images(images: list, image_root, where: str, domain_field: str) -> dic
             isinstance(side, int | float) and side >= 1 and side % 1 == 0
             for side in (height, width)
         ):
-            raise ValueError(
+            raise DataError(
                 f"{where}: image {key} ({name}) has height {height!r} and width {width!r}; "
                 "both are whole pixels, 1 or more"
             )
         if repeated:
-            raise ValueError(
+            raise DataError(
                 f"{where}: image id {key} is given to {found[key]['file_name']} and to {name}"
             )
         found[key] = {
@@ -208,7 +210,7 @@ def _read_images(images: list, image_root, where: str, domain_field: str) -> dic
         if domain_field in image:
             found[key]["domain"] = image[domain_field]
     if not found:
-        raise ValueError(f"{where}: its list of images is empty")
+        raise DataError(f"{where}: its list of images is empty")
     return {key: found[key] for key in _sorted_ids(found, where)}
 
 
@@ -216,7 +218,7 @@ def _sorted_ids(ids, where: str) -> list:
     try:
         return sorted(ids)
     except TypeError:
-        raise ValueError(f"{where}: some ids are numbers and some are words") from None
+        raise DataError(f"{where}: some ids are numbers and some are words") from None
 
 
 def _read_annotations(
@@ -232,7 +234,7 @@ def _read_annotations(
             image, class_id = images.get(image_id), id_map.get(category_id)
             bbox = ann["bbox"]
         except (TypeError, KeyError) as e:
-            raise ValueError(
+            raise DataError(
                 f"{where}: annotation number {number} is broken ({type(e).__name__}: {e}); each "
                 "needs id, image_id, category_id and bbox"
             ) from None
@@ -241,11 +243,11 @@ def _read_annotations(
             continue
         what = f"{where}: annotation {key} of image {image_id} ({image['file_name']})"
         if class_id is None:
-            raise ValueError(
+            raise DataError(
                 f"{what} has category_id {category_id!r}, which the file's categories do not list"
             )
         if ann.get("ignore", 0):
-            raise ValueError(f'{what} has "ignore" set; remove the annotation, or set "iscrowd"')
+            raise DataError(f'{what} has "ignore" set; remove the annotation, or set "iscrowd"')
         box, beyond = _clip_box(bbox, image["width"], image["height"], what)
         if box is None:
             flat.append(key)
@@ -268,7 +270,7 @@ def _read_annotations(
         image["annotations"].append(out)
     # Detectron2 knows that the minival files of COCO 2014 repeat some ids.
     if len(seen) < len(annotations) and "minival" not in where:
-        raise ValueError(
+        raise DataError(
             f"{where}: {len(annotations) - len(seen)} annotation ids are used more than once; "
             "evaluation needs them unique"
         )
@@ -291,7 +293,7 @@ def _clip_box(bbox, width: int, height: int, what: str) -> tuple[list[float] | N
     except (TypeError, ValueError):
         finite = False
     if not finite or w < 0 or h < 0:
-        raise ValueError(
+        raise DataError(
             f"{what} has bbox {bbox!r}; it should be [x, y, width, height]: 4 finite numbers, "
             "width and height not negative"
         )
@@ -301,7 +303,7 @@ def _clip_box(bbox, width: int, height: int, what: str) -> tuple[list[float] | N
     if x >= 0 and y >= 0 and right <= width and bottom <= height:
         return [x, y, w, h], 0
     if x >= width or y >= height or right <= 0 or bottom <= 0:
-        raise ValueError(
+        raise DataError(
             f"{what} has bbox {bbox!r} (x, y, width, height), wholly outside its picture of "
             f"{width} x {height} pixels (width x height)"
         )
@@ -315,14 +317,14 @@ def _check_segmentation(segmentation, image: dict, what: str) -> list | dict:
     if isinstance(segmentation, dict):
         size, counts = segmentation.get("size"), segmentation.get("counts")
         if size != [image["height"], image["width"]] or not isinstance(counts, str | list):
-            raise ValueError(
+            raise DataError(
                 f"{what} has a segmentation by run lengths with size {size!r} and counts of type "
                 f"{type(counts).__name__}; it should have [height, width] of its image, "
                 f"{[image['height'], image['width']]}, and counts"
             )
         if isinstance(counts, list):
             if not all(type(n) is int and n >= 0 for n in counts) or sum(counts) != math.prod(size):
-                raise ValueError(f"{what}: its run lengths do not add up to its image's pixels")
+                raise DataError(f"{what}: its run lengths do not add up to its image's pixels")
             return mask_util.frPyObjects(segmentation, *size)
         return segmentation
     try:
@@ -331,7 +333,7 @@ def _check_segmentation(segmentation, image: dict, what: str) -> list | dict:
     except TypeError:
         finite = False
     if not finite:
-        raise ValueError(
+        raise DataError(
             f"{what} has a segmentation that is neither a list of polygons "
             "[[x0, y0, x1, y1, ...], ...] of finite numbers nor run lengths"
         )

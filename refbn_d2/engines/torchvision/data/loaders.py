@@ -13,6 +13,7 @@ from torch.utils.data import Dataset as TorchDataset
 from refbn_d2.data.samplers import GroupedBatchSampler, domains_of, start_worker
 from refbn_d2.engines.torchvision.data.mapper import Mapper
 from refbn_d2.reference.selection import is_landscape
+from refbn_d2.utils.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +37,10 @@ def build_train_loader(
             With DATALOADER.ASPECT_RATIO_GROUPING a batch is also all portrait or all landscape.
 
     Raises:
-        DataError: BATCH_COMPOSITION is "domain", and an image has none; names it.
-        ValueError: IMS_PER_BATCH is no multiple of world_size, no image is left after
-            DATALOADER.FILTER_EMPTY_ANNOTATIONS, or a value under INPUT is not allowed.
+        ConfigError: IMS_PER_BATCH is no multiple of world_size, or a value under INPUT is not
+            allowed.
+        DataError: no image is left after DATALOADER.FILTER_EMPTY_ANNOTATIONS, or with
+            BATCH_COMPOSITION "domain" an image has none; names it.
     """
     if group_of is None and cfg.DATALOADER.BATCH_COMPOSITION == "domain":
         group_of = domains_of(dataset_dicts, cfg.DATALOADER.DOMAIN_FIELD)
@@ -50,7 +52,7 @@ def build_train_loader(
         chosen = [(d, g) for d, g in chosen if has_objects(d)]
         logger.info("%d of %d images have objects", len(chosen), len(dataset_dicts))
     if not chosen:
-        raise ValueError(
+        raise DataError(
             f"none of {len(dataset_dicts)} training images is left: no image has an annotation "
             "that is not a crowd (DATALOADER.FILTER_EMPTY_ANNOTATIONS = "
             f"{cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS})"
@@ -93,7 +95,7 @@ def build_test_loader(
 def _loader(cfg, dataset: "_MappedDicts", batches) -> DataLoader:
     workers = cfg.DATALOADER.NUM_WORKERS
     if workers < 0:
-        raise ValueError(f"DATALOADER.NUM_WORKERS = {workers}; allowed: 0 or more")
+        raise ConfigError(f"DATALOADER.NUM_WORKERS = {workers}; allowed: 0 or more")
     return DataLoader(
         dataset,
         batch_sampler=batches,

@@ -11,6 +11,7 @@ from refbn_d2.engines.torchvision.data.transforms import (
     build_augmentations,
     check_choice,
 )
+from refbn_d2.utils.errors import DataError
 
 
 class Mapper:
@@ -35,7 +36,7 @@ class Mapper:
         """Returns the sample of `dataset_dict`, which stays as it is; `rng` is for training.
 
         Raises:
-            FileNotFoundError, ValueError: the image is missing, broken or of another size, or
+            FileNotFoundError, DataError: the image is missing, broken or of another size, or
                 a mask is; names the file.
         """
         picture = read_image(dataset_dict["file_name"], "RGB", dataset_dict["image_id"])
@@ -86,14 +87,14 @@ class Mapper:
         segmentation = ann.get("segmentation")
         what = f"annotation {ann['id']} of image {dataset_dict['image_id']}"
         if segmentation is None:
-            raise ValueError(f"MODEL.MASK_ON = True, and {what} has no segmentation")
+            raise DataError(f"MODEL.MASK_ON = True, and {what} has no segmentation")
         if isinstance(segmentation, dict):
             try:
                 mask = decode_mask(
                     segmentation["counts"], dataset_dict["height"], dataset_dict["width"]
                 )
             except ValueError as e:
-                raise ValueError(f"{what} ({dataset_dict['file_name']}): {e}") from e
+                raise DataError(f"{what} ({dataset_dict['file_name']}): {e}") from e
             for transform in transforms:
                 mask = transform.mask(mask)
             return np.array(mask, dtype=bool, order="C")
@@ -115,7 +116,7 @@ def _check_size(dataset_dict: dict, picture: np.ndarray) -> None:
     height, width = picture.shape[:2]
     if (height, width) != (dataset_dict["height"], dataset_dict["width"]):
         turned = (width, height) == (dataset_dict["height"], dataset_dict["width"])
-        raise ValueError(
+        raise DataError(
             f"image {dataset_dict['file_name']} (image id {dataset_dict['image_id']}) is "
             f"{width} x {height} pixels (width x height), and its dataset says "
             f"{dataset_dict['width']} x {dataset_dict['height']}"

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from refbn_d2.utils.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Resize:
@@ -181,7 +183,7 @@ def build_augmentations(cfg, is_train: bool) -> list[Augmentation]:
     Each is called with (rng, h, w) and draws a transform for images of that size, or None.
 
     Raises:
-        ValueError: a value under INPUT is not allowed; names the key.
+        ConfigError: a value under INPUT is not allowed; names the key.
     """
     inputs = cfg.INPUT
     if not is_train:
@@ -201,19 +203,19 @@ def build_augmentations(cfg, is_train: bool) -> list[Augmentation]:
 
 def check_choice(key: str, value, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{key} = {value!r}; allowed: {' or '.join(map(repr, choices))}")
+        raise ConfigError(f"{key} = {value!r}; allowed: {' or '.join(map(repr, choices))}")
 
 
 def _check_sizes(split: str, sizes: tuple, longest: int, sampling: str) -> None:
     if not sizes or any(type(size) is not int or size < 0 for size in sizes):
-        raise ValueError(
+        raise ConfigError(
             f"INPUT.MIN_SIZE_{split} = {sizes}; allowed: pixels, 0 leaves the image as it is"
         )
     if longest < 1:
-        raise ValueError(f"INPUT.MAX_SIZE_{split} = {longest}; allowed: pixels, 1 or more")
+        raise ConfigError(f"INPUT.MAX_SIZE_{split} = {longest}; allowed: pixels, 1 or more")
     check_choice("INPUT.MIN_SIZE_TRAIN_SAMPLING", sampling, ("choice", "range"))
     if sampling == "range" and (len(sizes) != 2 or sizes[0] > sizes[1]):
-        raise ValueError(
+        raise ConfigError(
             f"INPUT.MIN_SIZE_{split} = {sizes} with INPUT.MIN_SIZE_{split}_SAMPLING = 'range'; "
             "allowed: two sizes, the smaller one first"
         )
@@ -230,4 +232,4 @@ def _check_crop(kind: str, size: tuple) -> None:
         allowed += ", the smaller one first"
         fits.append(size == tuple(sorted(size)))
     if len(size) != 2 or not all(fits):
-        raise ValueError(f"INPUT.CROP.SIZE = {size} with TYPE {kind!r}; allowed: {allowed}")
+        raise ConfigError(f"INPUT.CROP.SIZE = {size} with TYPE {kind!r}; allowed: {allowed}")

@@ -58,7 +58,7 @@ class GeneralizedRCNN(nn.Module):
 
         Raises:
             KeyError: a sample lacks what training needs.
-            FloatingPointError: training has diverged.
+            DivergedError: training has diverged.
         """
         images, image_sizes = self.preprocess_image(samples)
         features = self.backbone(images)

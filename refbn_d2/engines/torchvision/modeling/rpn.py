@@ -23,6 +23,7 @@ from refbn_d2.engines.torchvision.modeling.boxes import (
     nonempty,
     sample,
 )
+from refbn_d2.utils.errors import DivergedError
 
 
 class Targets(NamedTuple):
@@ -142,7 +143,7 @@ class RPN(nn.Module):
             N proposals (P_n, 4) by falling score, constants; the losses, none in eval mode.
 
         Raises:
-            FloatingPointError: a proposal or score is infinite or NaN, in training.
+            DivergedError: a proposal or score is infinite or NaN, in training.
         """
         maps = [features[f] for f in self.in_features]
         anchors = self.anchor_generator(maps)
@@ -205,9 +206,7 @@ class RPN(nn.Module):
         scores, boxes = torch.cat(scores, dim=1), torch.cat(boxes, dim=1)
         finite = torch.isfinite(boxes).all(-1) & torch.isfinite(scores)
         if self.training and not finite.all():
-            raise FloatingPointError(
-                "Predicted boxes or scores contain Inf/NaN. Training has diverged."
-            )
+            raise DivergedError("Predicted boxes or scores contain Inf/NaN. Training has diverged.")
         boxes = clip_boxes(boxes, sizes[:, None])
         keep = finite & nonempty(boxes, self.min_size)
         counts = torch.stack([own.sum(dim=1) for own in keep.split(of_map, dim=1)], dim=1)

@@ -1,0 +1,88 @@
+"""Loss, mixing, optimizer and learning rate from SOLVER.* and INPUT.*, of timm."""
+
+from timm.data import Mixup
+from timm.loss import create_classification_loss
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim import Optimizer
+
+from refbn_d2.utils.errors import ConfigError
+
+
+def is_mixed(cfg) -> bool:
+    """Return whether images are mixed with each other."""
+    return bool(cfg.INPUT.MIXUP_ALPHA or cfg.INPUT.CUTMIX_ALPHA)
+
+
+def check_batch_size(cfg, workers: int) -> None:
+    """Return if SOLVER.IMS_PER_BATCH can be split over workers and accumulated parts.
+
+    Raises:
+        ConfigError: it cannot; says what is allowed.
+    """
+    solver, mixed = cfg.SOLVER, is_mixed(cfg)
+    unit = workers * solver.GRAD_ACCUM_STEPS
+    if mixed and solver.GRAD_ACCUM_STEPS % 2:
+        unit *= 2  # a worker's images are mixed in pairs
+    if solver.IMS_PER_BATCH % unit:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH = {solver.IMS_PER_BATCH} cannot be split evenly over "
+            f"{workers} worker(s) and SOLVER.GRAD_ACCUM_STEPS = {solver.GRAD_ACCUM_STEPS}"
+            + (" in pairs for mixup" if mixed else "")
+            + f"; allowed: {unit}, {2 * unit}, {3 * unit}, ..."
+        )
+
+
+def build_mixup(cfg, num_classes: int) -> Mixup | None:
+    """Return what mixes a batch's images and labels; None if nothing does."""
+    if not is_mixed(cfg):
+        return None
+    inputs = cfg.INPUT
+    return Mixup(
+        inputs.MIXUP_ALPHA, inputs.CUTMIX_ALPHA, None, inputs.MIXUP_PROB,
+        inputs.MIXUP_SWITCH_PROB, inputs.MIXUP_MODE,
+        label_smoothing=cfg.SOLVER.LABEL_SMOOTHING, num_classes=num_classes,
+    )  # fmt: skip
+
+
+def build_loss(cfg) -> nn.Module:
+    """Return SOLVER.LOSS, for soft targets where images are mixed."""
+    solver = cfg.SOLVER
+    return create_classification_loss(
+        solver.LOSS, smoothing=solver.LABEL_SMOOTHING, soft_targets=is_mixed(cfg),
+        bce_target_thresh=solver.BCE_TARGET_THRESH,
+    )  # fmt: skip
+
+
+def build_optimizer(cfg, model: nn.Module) -> Optimizer:
+    """Return SOLVER.OPTIMIZER; norms and biases have no weight decay.
+
+    Raises:
+        ConfigError: timm has no such optimizer, or it does not take SOLVER.OPT_KWARGS.
+    """
+    solver = cfg.SOLVER
+    try:
+        return create_optimizer_v2(
+            model, solver.OPTIMIZER, solver.BASE_LR, solver.WEIGHT_DECAY, solver.MOMENTUM,
+            **dict(solver.OPT_KWARGS),
+        )  # fmt: skip
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"SOLVER.OPTIMIZER = {solver.OPTIMIZER!r} with SOLVER.OPT_KWARGS = "
+            f"{solver.OPT_KWARGS!r}: {error}"
+        ) from error
+
+
+def build_schedule(cfg, optimizer: Optimizer, epoch_iters: int) -> Scheduler:
+    """Return the learning rate's schedule, which is told of every step."""
+    solver = cfg.SOLVER
+    schedule, _ = create_scheduler_v2(
+        optimizer, solver.LR_SCHEDULER_NAME, solver.EPOCHS,
+        decay_milestones=solver.DECAY_MILESTONES, decay_rate=solver.GAMMA,
+        min_lr=solver.BASE_LR_END, warmup_lr=solver.WARMUP_LR,
+        warmup_epochs=solver.WARMUP_EPOCHS, step_on_epochs=False,
+        updates_per_epoch=epoch_iters,
+    )  # fmt: skip
+    return schedule

@@ -1,0 +1,38 @@
+"""What both trainings do in a worker process before and around their trainer."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from refbn_d2.training.events import setup_logging
+from refbn_d2.training.output_dir import check_output_dir
+from refbn_d2.utils import distributed
+
+Job = Callable[[Any, Path, bool], dict]  # (cfg, output_dir, resume) -> results
+
+
+def run_training(
+    cfg, train: Job, evaluate: Job, free_on_resume: tuple[str, ...], resume: bool, eval_only: bool
+) -> dict:
+    """Prepare OUTPUT_DIR and the log in this worker process; call `train`, or `evaluate` instead.
+
+    Args:
+        free_on_resume: keys, or beginnings of keys, that a resumed run may change.
+
+    Returns:
+        The results of the last evaluation on worker 0, {} on the others.
+
+    Raises:
+        FileExistsError: OUTPUT_DIR holds a run, and it is not to be resumed.
+        ConfigError: it is to be resumed, with another config.
+    """
+    output_dir = Path(cfg.OUTPUT_DIR)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if not eval_only:
+        check_output_dir(cfg, resume, free_on_resume)
+    setup_logging(output_dir, distributed.rank())
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    job = evaluate if eval_only else train
+    return job(cfg, output_dir, resume)
