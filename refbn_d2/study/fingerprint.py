@@ -5,8 +5,6 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-import refbn_d2
-
 # What changes no number of a run: these folders, and of this one all but these files.
 _NO_NUMBERS = ("visualization", "export")
 _NUMBERS_HERE = ("classification.py", "data.py", "evaluation.py")
@@ -15,7 +13,7 @@ _NUMBERS_HERE = ("classification.py", "data.py", "evaluation.py")
 @cache
 def code_hash() -> str:
     """Return a hash of the package's code without its comments, docstrings and formatting."""
-    root = Path(refbn_d2.__file__).parent
+    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         place = path.relative_to(root)
