@@ -105,7 +105,7 @@ class DetectionSets(Sets):
             else:
                 try:
                     found[part] = catalog.get(name)
-                except KeyError as error:
+                except ConfigError as error:
                     raise ConfigError(
                         f"study file {self.study.file}, DATASETS.{key}: {error.args[0]}"
                     ) from None
