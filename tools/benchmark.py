@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Forward and backward of RefBatchNorm2d against nn.BatchNorm2d, as ratios in one run.
+"""Compare the speed of RefBatchNorm2d and GroupNorm with nn.BatchNorm2d, forward and backward.
 
-The layers take turns, so that a machine whose speed drifts slows them all; each ratio is that of
-the medians over the rounds.
+It prints a table of ratios to the time of BatchNorm. In each round all layers take turns, so that a
+change of the machine's speed affects them all. A ratio is that of the medians over the rounds.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from refbn_d2.layers import RefBatchNorm2d
 from refbn_d2.layers.functional import GRADIENTS
 
-# (N, C, H, W): the stages of a ResNet-50 at 2 images of 800 x 1066, of a ResNet-18 at 16 of 128^2
+# (N, C, H, W): stages of a ResNet-50 with 2 images of 800 x 1066, of a ResNet-18 with 16 of 128^2
 SHAPES = [
     (2, 64, 400, 533), (2, 256, 200, 267), (2, 512, 100, 134), (2, 1024, 50, 67), (2, 2048, 25, 34),
     (16, 64, 64, 64), (16, 64, 32, 32), (16, 128, 16, 16), (16, 256, 8, 8), (16, 512, 4, 4),
@@ -24,16 +24,16 @@ SHAPES = [
 
 
 def layers(channels: int) -> dict[str, nn.Module]:
-    """BatchNorm2d, what Detectron2's users would take instead, and RefBatchNorm2d."""
+    """Return {name: layer}: BatchNorm2d, GroupNorm, and RefBatchNorm2d with each gradient."""
     norms = {"BN": nn.BatchNorm2d(channels), "GN": nn.GroupNorm(32, channels)}
     for gradient in GRADIENTS:
         layer = norms[f"RefBN {gradient}"] = RefBatchNorm2d(channels, gradient=gradient)
-        layer.load_state_dict(norms["BN"].state_dict())  # running statistics as the reference
+        layer.load_state_dict(norms["BN"].state_dict())  # its reference: the running statistics
     return norms
 
 
 def timers(shape: tuple[int, ...], args: argparse.Namespace) -> dict[str, Timer]:
-    """One forward and backward each, on the same input."""
+    """Return {name: timer} of one forward and backward pass, all on the same input."""
     x = torch.randn(shape, device=args.device, dtype=getattr(torch, args.dtype))
     if args.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -51,11 +51,15 @@ def timers(shape: tuple[int, ...], args: argparse.Namespace) -> dict[str, Timer]
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    p.add_argument("--channels-last", action="store_true")
-    p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    p.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"],
+        help="of the input; default: float32",
+    )  # fmt: skip
+    p.add_argument("--channels-last", action="store_true", help="memory format of the input")
+    threads = torch.get_num_threads()
+    p.add_argument("--threads", type=int, default=threads, help=f"default: {threads}")
+    p.add_argument("--rounds", type=int, default=7, help="measurements of each layer; default: 7")
     args = p.parse_args()
     names = list(layers(32))
     print(f"# {args}")

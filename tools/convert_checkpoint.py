@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Convert a ResNet's or a detector's checkpoint, or say what one is.
+"""Convert the checkpoint of a ResNet or a detector, or say what a file is.
 
 convert_checkpoint.py SRC DST --to detectron2 --norm FrozenBN --verify
 convert_checkpoint.py --inspect FILE
@@ -8,7 +8,7 @@ convert_checkpoint.py --inspect FILE
 import argparse
 import logging
 
-from refbn_d2.checkpoint.convert import NORMS
+from refbn_d2.checkpoint.convert import TARGET_NORMS
 from refbn_d2.checkpoint.inspection import describe
 from refbn_d2.export.convert_file import TARGETS, convert_file
 from refbn_d2.utils.arguments import run_or_exit
@@ -19,18 +19,20 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("src", nargs="?", metavar="SRC", help=".pth, .pt, .pkl or .safetensors")
-    p.add_argument("dst", nargs="?", metavar="DST", help="a new file; its suffix says the format")
+    p.add_argument("dst", nargs="?", metavar="DST", help="a new file; its suffix gives the format")
     p.add_argument("--inspect", metavar="FILE", help="say what FILE is and what loads it")
     p.add_argument(
-        "--to", choices=TARGETS, help="layout of the result; onnx, torchscript: of the backbone"
+        "--to", choices=TARGETS, help="layout of DST; onnx and torchscript hold the backbone only"
     )
-    p.add_argument("--norm", choices=NORMS, help="of the result, instead of SRC's")
-    p.add_argument("--verify", action="store_true", help="run SRC and DST on the same picture")
-    p.add_argument("--allow-partial", action="store_true", help="leave out what has no counterpart")
+    p.add_argument("--norm", choices=TARGET_NORMS, help="norm of DST; default: that of SRC")
+    p.add_argument("--verify", action="store_true", help="compare SRC and DST on the same picture")
     p.add_argument(
-        "--config-file", metavar="FILE", help="of a detector; config.yaml beside SRC is found"
+        "--allow-partial", action="store_true", help="leave out tensors without a counterpart"
     )
-    p.add_argument("--key", help="where in SRC the weights are, as state_dict_ema")
+    p.add_argument(
+        "--config-file", metavar="FILE", help="of a detector; default: config.yaml beside SRC"
+    )
+    p.add_argument("--key", help="where in SRC the weights are: state_dict_ema, encoder_q, ...")
     return p
 
 
@@ -53,7 +55,7 @@ def main() -> None:
     if not args.inspect and not (args.src and args.dst and args.to):
         p.error("SRC, DST and --to are needed, or --inspect FILE")
     if args.inspect and (args.src or args.to):
-        p.error("--inspect FILE goes alone, or with --key")
+        p.error("--inspect FILE can only be combined with --key")
     run_or_exit(run, args)
 
 

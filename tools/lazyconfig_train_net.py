@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train or evaluate a detector out of a LazyConfig (.py) of Detectron2, which this needs."""
+"""Train or evaluate a detector from a LazyConfig (.py). Needs Detectron2."""
 
 import argparse
 
@@ -18,6 +18,6 @@ if __name__ == "__main__":
     p = default_argument_parser(__doc__)
     p.add_argument(
         "--allow-partial-weights", action="store_true",
-        help="train although train.init_checkpoint fills under 95 %% of the backbone",
+        help="train even if train.init_checkpoint fills under 95 %% of the backbone",
     )  # fmt: skip
     run_or_exit(run, p.parse_args())

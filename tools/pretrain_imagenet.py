@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pretrain a classifier on ImageNet or other labelled images; write its Detectron2 backbone."""
+"""Pretrain a classifier on ImageNet or other labeled images, and write its Detectron2 backbone."""
 
 from refbn_d2.pretrain import run
 from refbn_d2.utils.arguments import default_argument_parser, run_or_exit

@@ -1,4 +1,4 @@
-# faster_rcnn_R_50_FPN_1x_refbn.yaml as a LazyConfig, for tools/lazyconfig_train_net.py.
+# faster_rcnn_R_50_FPN_1x_refbn.yaml as a LazyConfig for tools/lazyconfig_train_net.py.
 from .mask_rcnn_R_50_FPN_1x_refbn import (  # noqa: F401
     dataloader,
     lr_multiplier,

@@ -4,23 +4,31 @@ Layouts: "torchvision" (timm's plain ResNets have its names), and "detectron2" (
 """
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from refbn_d2.checkpoint.names import detectron2_to_torchvision, resnet_name
-from refbn_d2.checkpoint.resnets import SCALARS, VECTORS, ResNet, which_other, which_resnet
+from refbn_d2.checkpoint.prefixes import without_prefix
+from refbn_d2.checkpoint.resnets import (
+    SCALARS,
+    VECTORS,
+    ResNetSpec,
+    infer_resnet,
+    recognize_unsupported,
+)
+from refbn_d2.checkpoint.tensors import check_weight, to_tensor
 from refbn_d2.layers.fold import affine
 from refbn_d2.utils.errors import CheckpointError, listing
 
 logger = logging.getLogger(__name__)
 
-NORMS = ("RefBN", "BN", "FrozenBN", "folded")
+TARGET_NORMS = ("RefBN", "BN", "FrozenBN", "folded")
 EPS = 1e-5  # of every norm in torchvision's, timm's and Detectron2's ResNets; no file tells it
 
 # What torchvision's weights (and most of timm's) want beside the architecture's own keys.
@@ -48,21 +56,25 @@ class Contents:
 
     source: str  # the file, for messages
     tensors: dict[str, Tensor]  # by the file's names
-    bare: dict[str, str]  # of a ResNet's tensors: the file's name -> Detectron2's without a place
-    which: ResNet
+    resnet_names: dict[
+        str, str
+    ]  # of a ResNet's tensors: the file's name -> Detectron2's without a place
+    resnet: ResNetSpec
     layout: str  # "torchvision" or "detectron2"
     is_detector: bool
 
     @property
     def classes(self) -> int | None:
         """Of a classifier."""
-        weights = (name for name, own in self.bare.items() if own == "linear.weight")
-        return next((len(self.tensors[name]) for name in weights), None)
+        for name, own in self.resnet_names.items():
+            if own == "linear.weight" and self.tensors[name].ndim == 2:
+                return len(self.tensors[name])
+        return None
 
     @property
     def norms(self) -> dict[str, str]:
         """{"MODEL.RESNETS.NORM": "BN", ...}, for every section of a config that is in the file."""
-        norms = {"MODEL.RESNETS.NORM": norm_of(self.bare.values())}
+        norms = {"MODEL.RESNETS.NORM": norm_of(self.resnet_names.values())}
         for key, beginning in _SECTIONS.items():
             if names := [name for name in self.tensors if name.startswith(beginning)]:
                 norms[key] = norm_of(names)
@@ -70,8 +82,8 @@ class Contents:
 
     def config(self) -> dict[str, Any]:
         """{key: value} that differ from Detectron2's defaults, and always the depth and norms."""
-        usual = ResNet(50).config()
-        own = self.which.config().items()
+        usual = ResNetSpec(50).config()
+        own = self.resnet.config().items()
         keys = {key: value for key, value in own if value != usual[key] or key.endswith("DEPTH")}
         return keys | self.norms | (TORCHVISION_INPUT if self.layout == "torchvision" else {})
 
@@ -91,11 +103,15 @@ def norm_of(names: Iterable[str]) -> str:
     return next((norm for norm, sign in signs.items() if sign in tensors), "")
 
 
-def all_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+def all_tensors(checkpoint: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     """The weights of `load_checkpoint`'s dict, and a classifier that `pack` put beside them."""
     tensors, beside = dict(checkpoint["model"]), checkpoint.get("classifier")
-    if isinstance(beside, Mapping):
-        tensors |= {name: torch.as_tensor(value) for name, value in beside.items()}
+    for name, value in beside.items() if isinstance(beside, dict) else ():
+        if isinstance(name, str) and isinstance(value, np.ndarray):
+            value = to_tensor(source, name, value)
+        if isinstance(name, str) and isinstance(value, Tensor):
+            check_weight(source, name, value)
+            tensors[name] = value
     return tensors
 
 
@@ -109,42 +125,44 @@ def identify(checkpoint: Mapping[str, Any], source: str) -> Contents:
     Raises:
         CheckpointError: it is not a ResNet that Detectron2 can build, alone or in a detector.
     """
-    tensors = all_tensors(checkpoint)
-    other = which_other(tensors)
-    if re.search("resnet(aa|blur)", str(checkpoint.get("arch"))):  # its tensors do not tell
-        other = other or "an anti-aliased ResNet"
+    tensors, arch = all_tensors(checkpoint, source), str(checkpoint.get("arch"))
+    other = recognize_unsupported(tensors, arch)
+    if other is None:
+        tensors = without_prefix(tensors, source)
+        other = recognize_unsupported(tensors)
     if other:
         raise CheckpointError(
             f"{source} is {other}. What can be converted are ResNets and ResNeXts of depth 18, 34, "
             "50, 101 or 152 whose stem is one 7x7 convolution, and Detectron2's detectors with one."
         )
     is_detector = any(name.startswith(_DETECTOR) for name in tensors)
-    bare: dict[str, str] = {}
+    resnet_names: dict[str, str] = {}
     for name in tensors:
         place, own = resnet_name(name) or ("", "")
         if own and (place or not is_detector):
-            bare[name] = own
-    times = Counter(bare.values())
-    twice = [name for name, own in bare.items() if times[own] > 1]
+            resnet_names[name] = own
+    times = Counter(resnet_names.values())
+    twice = [name for name, own in resnet_names.items() if times[own] > 1]
     if twice:
         raise CheckpointError(
             f"{source}: {listing(twice, 2)} are one tensor by two names: keep one of them."
         )
     try:
-        which = which_resnet({own: tuple(tensors[name].shape) for name, own in bare.items()})
-    except ValueError as error:
+        shapes = {own: tuple(tensors[name].shape) for name, own in resnet_names.items()}
+        resnet = infer_resnet(shapes)
+    except CheckpointError as error:
         raise CheckpointError(
             f"{source} holds no ResNet that Detectron2 can build: {error}. Its first tensors are "
             f"{listing(tensors, 5)}."
         ) from None
-    if not is_detector:  # which may do without the last stages
-        which = replace(which, last_stage=5)
-    detectron2 = all(name.endswith(own) for name, own in bare.items())
+    if not is_detector:  # a detector may do without the last stages
+        resnet = replace(resnet, last_stage=5)
+    detectron2 = all(name.endswith(own) for name, own in resnet_names.items())
     layout = "detectron2" if detectron2 else "torchvision"
-    return Contents(source, tensors, bare, which, layout, is_detector)
+    return Contents(source, tensors, resnet_names, resnet, layout, is_detector)
 
 
-def convert(
+def convert_state(
     contents: Contents, to: str, norm: str | None = None, allow_partial: bool = False
 ) -> dict[str, Tensor]:
     """The state dict in the layout `to`
@@ -154,7 +172,7 @@ def convert(
 
     Args:
         to: "detectron2" or "torchvision".
-        norm: one of NORMS, see `change_norms`; None keeps what there is.
+        norm: one of TARGET_NORMS, see `change_norms`; None keeps what there is.
         allow_partial: let pass a ResNet that lacks tensors, and leave out what has no counterpart;
             both are listed in the log.
 
@@ -162,20 +180,20 @@ def convert(
         CheckpointError: `change_norms`'s; a tensor's shape is not the ResNet's; or, without
             `allow_partial`, a tensor lacks or has no counterpart.
     """
-    which, source = contents.which, contents.source
-    if to == "torchvision" and not which.is_torchvisions:
-        raise CheckpointError(f"{source} holds a {which}, which torchvision cannot build.")
+    resnet, source = contents.resnet, contents.source
+    if to == "torchvision" and not resnet.is_torchvisions:
+        raise CheckpointError(f"{source} holds a {resnet}, which torchvision cannot build.")
     wrong, missing, without = misfits(contents, to)
     if wrong:
         raise CheckpointError(
-            f"{source} holds a {which} by most of its tensors, but others have another shape: "
+            f"{source} holds a {resnet} by most of its tensors, but others have another shape: "
             f"{listing(wrong, 8, '; ')}. Is it of one model?"
         )
     problems = []
     if missing:
-        problems.append(f"lacks {len(missing)} tensors of a {which}: {listing(missing)}")
+        problems.append(f"lacks {len(missing)} tensors of a {resnet}: {listing(missing)}")
     if without:
-        where = f"without counterpart in {to}'s {which}"
+        where = f"without counterpart in {to}'s {resnet}"
         problems.append(f"has {len(without)} tensors {where}: {listing(without)}")
     if problems:
         message = f"{source} {'; it '.join(problems)}."
@@ -185,7 +203,7 @@ def convert(
 
     keeps_names = contents.is_detector and to == "detectron2"
     state = {
-        name if keeps_names else contents.bare[name]: tensor
+        name if keeps_names else contents.resnet_names[name]: tensor
         for name, tensor in contents.tensors.items()
         if name not in without
     }
@@ -203,25 +221,27 @@ def misfits(contents: Contents, to: str) -> tuple[list[str], list[str], list[str
         The tensors of another shape than the ResNet's, with both shapes; Detectron2's names of
         those that lack; the file's names of those without counterpart.
     """
-    which, bare = contents.which, contents.bare
-    shapes = {own: tuple(contents.tensors[name].shape) for name, own in bare.items()}
-    known = which.shapes((*VECTORS, *SCALARS))
+    resnet, resnet_names = contents.resnet, contents.resnet_names
+    shapes = {own: tuple(contents.tensors[name].shape) for name, own in resnet_names.items()}
+    known = resnet.shapes((*VECTORS, *SCALARS))
     if contents.classes is not None:
-        known["linear.weight"] = (contents.classes, 8 * which.res2)
+        known["linear.weight"] = (contents.classes, 8 * resnet.res2)
         known["linear.bias"] = (contents.classes,)
     wrong = [
         f"{name} is {shapes[own]}, not {known[own]}"
-        for name, own in bare.items()
+        for name, own in resnet_names.items()
         if shapes[own] != known.get(own, shapes[own])
     ]
     norm = [t for t in FROZEN if any(own.endswith(f".norm.{t}") for own in shapes)]
-    missing = [own for own in which.shapes(norm) if own not in shapes]
-    heads_stay = contents.is_detector and to == "detectron2"
-    without = [
-        name
-        for name in contents.tensors
-        if (bare[name] not in known if name in bare else not heads_stay)
-    ]
+    missing = [own for own in resnet.shapes(norm) if own not in shapes]
+    without = []
+    for name in contents.tensors:
+        if name in resnet_names:
+            has_counterpart = resnet_names[name] in known
+        else:
+            has_counterpart = contents.is_detector and to == "detectron2"  # its heads stay
+        if not has_counterpart:
+            without.append(name)
     return wrong, missing, without
 
 
@@ -249,12 +269,14 @@ def change_norms(state: Mapping[str, Tensor], norm: str, source: str) -> dict[st
         raise CheckpointError(
             f"{source} has no batch norms, but {norm_of(state) or 'none'}: it cannot get {norm}."
         )
+    for name, layer in batch_norms.items():
+        _check_batch_norm(source, name, layer, layers.get(_convolution(name), {}))
     if norm == "folded":
         astray = [n for n in batch_norms if "weight" not in layers.get(_convolution(n), {})]
         if astray:
             raise CheckpointError(
-                f"{source}: whose convolution {listing(astray, 5)} normalise is not told by their "
-                "names, so they cannot be folded. FrozenBN computes the same."
+                f"{source}: no name tells which convolutions {listing(astray, 5)} normalize, so "
+                "they cannot be folded. FrozenBN computes the same."
             )
     for name, layer in batch_norms.items():
         if norm == "folded":
@@ -264,6 +286,22 @@ def change_norms(state: Mapping[str, Tensor], norm: str, source: str) -> dict[st
         else:
             layers[name] = _as(layer, norm)
     return {name + last: tensor for name, layer in layers.items() for last, tensor in layer.items()}
+
+
+def _check_batch_norm(
+    source: str, name: str, layer: dict[str, Tensor], convolution: dict[str, Tensor]
+) -> None:
+    shape = layer["running_mean"].shape
+    wrong = [n for n in (*FROZEN, "ref_mean", "ref_var") if n in layer and layer[n].shape != shape]
+    wrong += [n for n in ("running_var",) if n not in layer]
+    weight = convolution.get("weight")
+    if weight is not None and (weight.ndim != 4 or weight.shape[:1] != shape):
+        wrong.append("the convolution before it")
+    if len(shape) != 1 or wrong:
+        raise CheckpointError(
+            f"{source}: {name.rstrip('.')} is no batch norm of {tuple(shape)} channels: "
+            f"{listing(wrong) or 'running_mean'} is missing or of another shape."
+        )
 
 
 def _convolution(norm: str) -> str:
@@ -302,7 +340,7 @@ def _fold(conv: dict[str, Tensor], norm: dict[str, Tensor], in_resnet: bool) -> 
 
 
 def pack(state: Mapping[str, Tensor], to: str, suffix: str) -> dict[str, Any]:
-    """What `save_checkpoint` takes for a file with `suffix`, of a state dict that `convert` made
+    """Return what `save_checkpoint` takes for a file with `suffix`, of `convert_state`'s result.
 
     For torchvision, and for .safetensors, the state dict itself. A backbone for Detectron2 is read
     by suffix matching ("matching_heuristics"), as its models have a place before the names; the

@@ -17,7 +17,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from refbn_d2.checkpoint.unpickling import holds_code, not_a_checkpoint, read_pickle
+from refbn_d2.checkpoint.tensors import check_weight, to_tensor
+from refbn_d2.checkpoint.torch_files import LEGACY_MAGIC, read_torch
+from refbn_d2.checkpoint.unpickling import declares_too_much, not_a_checkpoint, read_pickle
 from refbn_d2.utils.errors import CheckpointError, listing
 from refbn_d2.utils.file_io import written_whole
 
@@ -25,15 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 # Where training loops put the weights, in the order of preference; the others stay in the rest.
-WRAPPERS = ("model", "state_dict", "model_state", "model_ema", "state_dict_ema", "ema")
+WRAPPERS = (
+    *("model", "state_dict", "model_state", "model_state_dict", "params", "weights"),
+    *("model_ema", "state_dict_ema", "params_ema", "ema"),
+)
 _PARALLEL_PREFIX = re.compile(r"(module\.|_orig_mod\.)+")
-
-
-_LEGACY_TORCH = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how torch < 1.6 begins a file
-
-
-class Caffe2Checkpoint(CheckpointError):
-    """A file in Caffe2's format, which Detectron2 reads."""
+_MAX_SHARING = 8  # how often a file's bytes may be used by its weights, which can share storages
 
 
 def save_checkpoint(obj: dict, path: str | os.PathLike) -> None:
@@ -91,29 +90,36 @@ def file_format(path: str | os.PathLike) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such checkpoint file.")
     with open(path, "rb") as file:
-        head = file.read(len(_LEGACY_TORCH))
+        head = file.read(len(LEGACY_MAGIC))
     if not head:
         raise CheckpointError(f"{path} is empty: a copy or a download was cut off? Fetch it again.")
     if path.suffix == ".safetensors":
         return "safetensors"
-    return "torch" if head.startswith(b"PK") or head == _LEGACY_TORCH else "pickle"
+    return "torch" if head.startswith(b"PK") or head == LEGACY_MAGIC else "pickle"
 
 
 def load_checkpoint(
-    path: str | os.PathLike, map_location: str | torch.device = "cpu", key: str | None = None
+    path: str | os.PathLike,
+    map_location: str | torch.device = "cpu",
+    key: str | None = None,
+    caffe2: bool = False,
 ) -> dict:
-    """{"model": {name: tensor}, ...what else the file holds, as it is}
+    """Return {"model": {name: tensor}, ...what else the file holds, as it is}.
 
-    The format is told by the content, whatever the suffix (but for .safetensors). The weights may
-    stand under "model", "state_dict" and the like, or be the whole file; "module." before all names
-    is dropped. Nothing in the file is run: it may hold tensors, arrays and plain containers alone.
+    The format is inferred from the content, whatever the suffix (except for .safetensors). The
+    weights may stand under "model", "state_dict" and the like, or be the whole file; "module."
+    before all names is dropped. Nothing in the file is run: it may hold only tensors, arrays, plain
+    containers and argparse's Namespaces, which become dicts.
 
     Args:
-        key: where in the file the weights stand, instead of the first known name.
+        key: where in the file the weights stand, instead of the first known name; or the beginning
+            of the names of one of several models, as "encoder_q".
+        caffe2: read Caffe2's format too, marked for Detectron2, which knows its names.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is empty, cut off or no checkpoint; holds code, or no tensors; is of a
+        CheckpointError: it is empty, cut off or no checkpoint; holds code, no tensors, or tensors
+            that are no weights (complex, sparse, NaN, ...); declares more than it holds; is of a
             format that is not read (Caffe2).
     """
     path = Path(path)
@@ -121,69 +127,96 @@ def load_checkpoint(
     if form == "safetensors":
         data = _read_safetensors(path)
     elif form == "torch":
-        data = _read_torch(path, map_location)
+        data = read_torch(path, map_location)
     else:
         data = read_pickle(path)
-    if not isinstance(data, Mapping):
+    if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}, not a dict of tensors.")
-    if key is not None and not isinstance(data.get(key), Mapping):
-        raise CheckpointError(
-            f"{path} has no weights under {key!r}; it has {listing(map(str, data), 8)}."
-        )
-    wrapper = key or next((key for key in WRAPPERS if isinstance(data.get(key), Mapping)), None)
+    if _is_caffe2(data):
+        if not caffe2:
+            raise CheckpointError(
+                f"{path} is in Caffe2's format (MSRA's and Detectron's weights), which is not read "
+                "here: use Detectron2 for it, or a checkpoint of torchvision's or Detectron2's."
+            )
+        blobs = data.get("blobs", data)
+        blobs = {n: v for n, v in blobs.items() if not str(n).endswith("_momentum")}
+        data = {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+    found = isinstance(data.get(key), dict)
+    wrapper = key if found else next((k for k in WRAPPERS if isinstance(data.get(k), dict)), None)
     rest = {} if wrapper is None else {key: data[key] for key in data if key != wrapper}
     weights = data if wrapper is None else data[wrapper]
-    _refuse_caffe2(path, data)
+    if key is not None and not found:
+        weights = _named(path, data, weights, key)
     return {**rest, "model": _tensors(path, weights, map_location)}
 
 
-def _read_torch(path: Path, map_location: str | torch.device) -> Any:
-    try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # by the content: unpickling, zip and runtime errors alike
-        text = str(error)
-        if "TorchScript" in text:
-            raise CheckpointError(
-                f"{path} is a TorchScript program, not a checkpoint: save the model's state_dict()."
-            ) from error
-        if code := re.search(r"GLOBAL (\S+)", text):
-            raise holds_code(path, code[1]) from error
-        raise not_a_checkpoint(path, text) from error
+def _named(path: Path, data: dict, weights: dict, key: str) -> dict:
+    """Return what stands in `weights` under names that begin with `key`, without it."""
+    start = key.rstrip(".") + "."
+    prefixes = (start, f"module.{start}")
+    chosen = {
+        name.removeprefix(prefix): value
+        for name, value in weights.items()
+        for prefix in prefixes
+        if isinstance(name, str) and name.startswith(prefix)
+    }
+    if not chosen:
+        raise CheckpointError(
+            f"{path} has no weights under {key!r}; it has {listing(map(_shown, data), 8)}."
+        )
+    return chosen
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
+    except Exception as error:  # headers may name anything
         raise not_a_checkpoint(path, str(error)) from error
 
 
-def _refuse_caffe2(path: Path, data: Mapping) -> None:
+def _is_caffe2(data: dict) -> bool:
     names = [name for name in data if isinstance(name, str)]
-    if "blobs" in data or any(re.fullmatch(r"(conv1|res\w+)_w", name) for name in names):
-        raise Caffe2Checkpoint(
-            f"{path} is in Caffe2's format (MSRA's and Detectron's weights), which is not read "
-            "here: use Detectron2 for it, or a checkpoint of torchvision's or Detectron2's."
-        )
+    blobs = isinstance(data.get("blobs"), dict)
+    return blobs or any(re.fullmatch(r"(conv1|res\w+)_w", name) for name in names)
 
 
-def _tensors(path: Path, weights: Mapping, map_location: str | torch.device) -> dict[str, Tensor]:
+def _tensors(path: Path, weights: dict, map_location: str | torch.device) -> dict[str, Tensor]:
     tensors, dropped = {}, []
-    for name, value in weights.items():
-        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-            value = torch.tensor(value)
+    for name, value in dict.items(weights):
+        if isinstance(name, str) and isinstance(value, np.ndarray):
+            value = to_tensor(path, name, value)
         if isinstance(name, str) and isinstance(value, Tensor):
-            tensors[name] = value.detach().to(map_location)
+            tensors[name] = value.detach()
         else:
-            dropped.append(str(name))
+            dropped.append(_shown(name))
     if not tensors:
+        inner = [_shown(k) for k, v in weights.items() if isinstance(v, dict) and _has_tensors(v)]
+        choose = inner and (
+            f" Tensors are under {listing(inner, 8)}: choose by --key, or as MODEL.WEIGHTS "
+            f"{path}?key={inner[0]}"
+        )
         raise CheckpointError(
             f"{path} holds no tensors under {', '.join(WRAPPERS[:2])} or at its top; it has "
-            f"{listing(map(str, weights), 8) or 'nothing'}."
+            f"{listing(map(_shown, weights), 8) or 'nothing'}.{choose or ''}"
         )
+    size = path.stat().st_size
+    used = sum(t.numel() * t.element_size() for t in tensors.values() if t.layout == torch.strided)
+    if used > _MAX_SHARING * size:
+        raise declares_too_much(path, f"weights of {used} bytes in {size}")
+    for name, tensor in tensors.items():
+        check_weight(path, name, tensor)
+    tensors = {name: tensor.to(map_location) for name, tensor in tensors.items()}
     if dropped:
         logger.warning("%s: not tensors, and ignored: %s", path, listing(dropped))
     names = [name for name in tensors if name != "n_averaged"]  # of torch's AveragedModel
     if names and all(_PARALLEL_PREFIX.match(name) for name in names):
         tensors = {_PARALLEL_PREFIX.sub("", name, count=1): tensors[name] for name in names}
     return tensors
+
+
+def _has_tensors(value: dict) -> bool:
+    return any(isinstance(inner, Tensor | np.ndarray) for inner in value.values())
+
+
+def _shown(name: Any) -> str:
+    return name if isinstance(name, str) else f"<{type(name).__name__}>"

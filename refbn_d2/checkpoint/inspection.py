@@ -27,7 +27,7 @@ def describe(path: str | os.PathLike, key: str | None = None) -> str:
     """
     path = Path(path)
     checkpoint = load_checkpoint(path, key=key)
-    tensors = all_tensors(checkpoint)
+    tensors = all_tensors(checkpoint, str(path))
     parameters = [t.numel() for n, t in tensors.items() if not n.endswith(_STATISTICS)]
     rows = [
         ("format", f"{FORMATS[file_format(path)]}, {path.stat().st_size / 2**20:.1f} MiB"),
@@ -60,7 +60,7 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def _model(contents: Contents) -> str:
-    what = f"{contents.which} with {contents.norms['MODEL.RESNETS.NORM'] or 'no norm'}"
+    what = f"{contents.resnet} with {contents.norms['MODEL.RESNETS.NORM'] or 'no norm'}"
     if contents.is_detector:
         parts = [name.split(".") for name in contents.tensors]
         heads = dict.fromkeys(part[1] for part in parts if part[0] == "roi_heads")
@@ -75,16 +75,27 @@ def _beside_the_weights(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, st
     known = ("model", "classifier", "refbn", "matching_heuristics", "__author__")
     others = {key: value for key, value in checkpoint.items() if key not in known}
     averages = [key for key in others if key in WRAPPERS]
-    yield "averages", listing(f"{key} (--key {key} takes them)" for key in averages)
+    yield (
+        "averages",
+        listing(
+            f"{key} (--key {key} takes them, or MODEL.WEIGHTS FILE?key={key})" for key in averages
+        ),
+    )
     state = [
-        f"{key} {value}" if isinstance(value, str | int | float) else str(key)
+        f"{key} {value!s:.80}" if isinstance(value, str | float) or _is_count(value) else str(key)
         for key, value in others.items()
+        if isinstance(key, str)
         if key not in averages
     ]
     yield "training", listing(state)
     if isinstance(refbn := checkpoint.get("refbn"), Mapping):
-        images, dataset = refbn.get("images", ()), refbn.get("dataset")
+        images, dataset = refbn.get("images"), refbn.get("dataset")
+        images = images if isinstance(images, list | tuple) else ()
         yield "reference", f"{len(images)} images of {dataset}, seed {refbn.get('seed')}"
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value.bit_length() < 64  # more digits may not print
 
 
 def _what_takes_it(contents: Contents, checkpoint: Mapping[str, Any], path: Path) -> Iterator[str]:
@@ -100,7 +111,7 @@ def _what_takes_it(contents: Contents, checkpoint: Mapping[str, Any], path: Path
     else:
         yield "MODEL.WEIGHTS takes it here, with the keys below; in Detectron2, after"
         yield f"  {command} OUT.pkl --to detectron2 --norm FrozenBN"
-    if contents.layout == "detectron2" and contents.which.is_torchvisions:
+    if contents.layout == "detectron2" and contents.resnet.is_torchvisions:
         partly = " --allow-partial" if contents.is_detector else ""
-        yield f"torchvision takes its {contents.which} after"
+        yield f"torchvision takes its {contents.resnet} after"
         yield f"  {command} OUT.pth --to torchvision --norm BN{partly}"

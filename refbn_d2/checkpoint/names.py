@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+from refbn_d2.utils.errors import CheckpointError
+
 Value = TypeVar("Value")
 
 # torchvision and timm, Detectron2. {n}: stage, from 1 there and from 2 here; {b}: block;
@@ -51,11 +53,11 @@ def torchvision_to_detectron2(name: str) -> str:
     """`layer1.0.bn2.weight` -> `res2.0.conv2.norm.weight`
 
     Raises:
-        ValueError: `name` is none of a ResNet of torchvision or timm.
+        CheckpointError: `name` is none of a ResNet of torchvision or timm.
     """
     renamed = _rename(name, _TO_DETECTRON2)
     if renamed is None:
-        raise ValueError(
+        raise CheckpointError(
             f"{name!r} is no parameter name of a torchvision or timm ResNet with a plain stem: "
             'expected conv1.*, bn1.*, fc.* or layer<N>.<block>.*, as "layer1.0.conv2.weight".'
         )
@@ -66,12 +68,12 @@ def detectron2_to_torchvision(name: str) -> str:
     """`res2.0.conv2.norm.weight` -> `layer1.0.bn2.weight`; a backbone prefix is dropped.
 
     Raises:
-        ValueError: `name` is none of a ResNet of Detectron2.
+        CheckpointError: `name` is none of a ResNet of Detectron2.
     """
-    bare = name.removeprefix("backbone.").removeprefix("bottom_up.")
-    renamed = _rename(bare, _TO_TORCHVISION)
+    without_place = name.removeprefix("backbone.").removeprefix("bottom_up.")
+    renamed = _rename(without_place, _TO_TORCHVISION)
     if renamed is None:
-        raise ValueError(
+        raise CheckpointError(
             f"{name!r} is no parameter name of a Detectron2 ResNet with the basic stem: expected "
             'stem.conv1.*, linear.* or res<N>.<block>.*, as "res2.0.conv2.norm.weight".'
         )
@@ -85,11 +87,24 @@ def resnet_name(name: str) -> tuple[str, str] | None:
     torchvision's names have no place, `layer1.0.conv1.weight` -> ("", "res2.0.conv1.weight").
     """
     for place in _PLACES:
-        bare = name.removeprefix(place)
-        if (not place or bare != name) and _rename(bare, _TO_TORCHVISION):
-            return place, bare
-    bare = _rename(name, _TO_DETECTRON2)
-    return bare and ("", bare)
+        own = name.removeprefix(place)
+        if name.startswith(place) and _rename(own, _TO_TORCHVISION):
+            return place, own
+    own = _rename(name, _TO_DETECTRON2)
+    return ("", own) if own else None
+
+
+def resnet_prefix(name: str) -> str | None:
+    """Return what stands before a ResNet's name; None for a name that has none in it.
+
+    `net.encoder.layer1.0.conv1.weight` -> "net.encoder."; a backbone's place is no prefix:
+    `model.backbone.bottom_up.res2.0.conv1.weight` -> "model."
+    """
+    parts = name.split(".")
+    for start in range(len(parts)):
+        if resnet_name(".".join(parts[start:])):
+            return "".join(f"{part}." for part in parts[:start])
+    return None
 
 
 def backbone_prefix(model_keys: Iterable[str]) -> str:
@@ -106,7 +121,7 @@ def to_detectron2(state: Mapping[str, Value], model_keys: Iterable[str]) -> dict
     backbone's prefix, so that the two can be compared. Every other name stays.
 
     Raises:
-        ValueError: two names of `state` become one.
+        CheckpointError: two names of `state` become one.
     """
     model_keys = set(model_keys)
     backbone = backbone_prefix(model_keys)
@@ -115,7 +130,7 @@ def to_detectron2(state: Mapping[str, Value], model_keys: Iterable[str]) -> dict
     for name, value in state.items():
         new = name if name in model_keys else _place(name, model_keys, backbone)
         if new in renamed:
-            raise ValueError(
+            raise CheckpointError(
                 f"{origins[new]!r} and {name!r} are both {new!r} in the model: keep one of them."
             )
         renamed[new], origins[new] = value, name
@@ -123,7 +138,7 @@ def to_detectron2(state: Mapping[str, Value], model_keys: Iterable[str]) -> dict
 
 
 def _place(name: str, model_keys: set[str], backbone: str) -> str:
-    bare = _rename(name, _TO_DETECTRON2) or name
-    if _rename(bare, _TO_TORCHVISION) is None:
+    own = _rename(name, _TO_DETECTRON2) or name
+    if _rename(own, _TO_TORCHVISION) is None:
         return name
-    return next((place + bare for place in _PLACES if place + bare in model_keys), backbone + bare)
+    return next((place + own for place in _PLACES if place + own in model_keys), backbone + own)

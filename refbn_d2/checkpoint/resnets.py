@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import mode
 
+from refbn_d2.utils.errors import CheckpointError
+
 # Blocks of res2..res5 by depth; bottlenecks from 50 on.
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 BLOCKS[152] = (3, 8, 36, 3)
@@ -20,7 +22,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class ResNet:
+class ResNetSpec:
     """A ResNet or ResNeXt with the basic stem, a 7x7 convolution, up to res<last_stage>."""
 
     depth: int
@@ -85,11 +87,11 @@ class ResNet:
         return {f"MODEL.RESNETS.{key}": value for key, value in values.items()}
 
 
-def which_resnet(shapes: Mapping[str, Shape]) -> ResNet:
+def infer_resnet(shapes: Mapping[str, Shape]) -> ResNetSpec:
     """The ResNet to which most of the tensors belong, though some may lack or be of other shapes.
 
     Raises:
-        ValueError: it is none that Detectron2 can build.
+        CheckpointError: it is none that Detectron2 can build.
     """
     layers = {}  # (stage, block, convolution) -> shape
     for name, shape in shapes.items():
@@ -97,7 +99,7 @@ def which_resnet(shapes: Mapping[str, Shape]) -> ResNet:
         if match and len(shape) == 4:
             layers[tuple(map(int, match.groups()))] = shape
     if not layers:
-        raise ValueError("it has no block of one")
+        raise CheckpointError("it has no block of one")
     last_stage = max(stage for stage, _, _ in layers)
     blocks = tuple(
         max((block + 1 for at, block, _ in layers if at == stage), default=0)
@@ -108,7 +110,7 @@ def which_resnet(shapes: Mapping[str, Shape]) -> ResNet:
     fitting = (d for d, (b, c) in known.items() if b[: len(blocks)] == blocks and c == last_conv)
     depth = next(fitting, None)
     if depth is None:
-        raise ValueError(
+        raise CheckpointError(
             f"its stages have {_numbers(blocks)} blocks of {last_conv} convolutions; "
             + ", ".join(f"ResNet-{d} has {_numbers(b)} of {c}" for d, (b, c) in known.items())
         )
@@ -126,13 +128,13 @@ def which_resnet(shapes: Mapping[str, Shape]) -> ResNet:
     stem = mode(stems or [64])
     res2 = mode(s[0] >> (stage - 2) for (stage, _, conv), s in layers.items() if conv == last_conv)
     if depth < 50:
-        return ResNet(depth, stem=stem, res2=res2, last_stage=last_stage)
+        return ResNetSpec(depth, stem=stem, res2=res2, last_stage=last_stage)
     groups, width = mode(
         (s[0] // max(s[1], 1), s[1] >> (stage - 2))
         for (stage, _, conv), s in layers.items()
         if conv == 2
     )
-    return ResNet(depth, groups, width, stem, res2, last_stage)
+    return ResNetSpec(depth, groups, width, stem, res2, last_stage)
 
 
 def _numbers(blocks: Iterable[int]) -> str:
@@ -168,10 +170,16 @@ _OTHERS = (
 )
 
 
-def which_other(names: Iterable[str]) -> str | None:
-    """What a state dict with these names is, where it is known, and no ResNet of Detectron2's."""
-    bare = [re.sub(r"^backbone\.(bottom_up\.)?", "", name) for name in names]
+def recognize_unsupported(names: Iterable[str], arch: str = "") -> str | None:
+    """Return what a state dict with these names is, if it is known and no ResNet of Detectron2's.
+
+    Args:
+        arch: the model's name, where the file tells it ("arch" of timm's checkpoints).
+    """
+    own_names = [re.sub(r"^backbone\.(bottom_up\.)?", "", name) for name in names]
     for what, *patterns in _OTHERS:
-        if all(any(re.match(pattern, name) for name in bare) for pattern in patterns):
+        if all(any(re.match(pattern, name) for name in own_names) for pattern in patterns):
             return what
+    if re.search("resnet(aa|blur)", arch):  # its tensors do not tell
+        return "an anti-aliased ResNet"
     return None

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from refbn_d2.checkpoint.convert import TORCHVISION_INPUT, Contents, convert, identify, pack
+from refbn_d2.checkpoint.convert import TORCHVISION_INPUT, Contents, convert_state, identify, pack
 from refbn_d2.checkpoint.files import load_checkpoint, save_checkpoint
 from refbn_d2.checkpoint.inspection import config_lines
 from refbn_d2.config import CfgNode, ConfigError, get_cfg
@@ -35,8 +35,8 @@ def convert_file(
     """Write `target`, and return what there is to say about it. No file is ever replaced.
 
     Args:
-        to, norm, allow_partial: as `checkpoint.convert`'s; or `to` is "onnx" or "torchscript", for
-            the backbone alone, folded (`export`).
+        to, norm, allow_partial: as `convert_state`'s; or `to` is "onnx" or "torchscript", for the
+            backbone alone, folded (`export`).
         check: compare source and target on a picture (`verify`); an export always is.
         config_file: tells what tensors do not. A detector's is looked for beside `source`, as
             `config.yaml`, where a check or an export needs one.
@@ -45,8 +45,9 @@ def convert_file(
     Raises:
         FileNotFoundError, FileExistsError: `source` is not there, or `target` is.
         ConfigError: the config is of another ResNet, or cannot be read or built.
-        CheckpointError: `target`'s suffix does not fit; a detector's config is needed; those of
-            `load_checkpoint`, `identify`, `convert`, `verify`, `export`. Then nothing is written.
+        CheckpointError: `target`'s suffix does not fit; a detector's config is needed; or an
+            error of `load_checkpoint`, `identify`, `convert_state`, `verify` or `export`. Then
+            nothing is written.
     """
     source, target = Path(source), Path(target)
     exports = to in ("onnx", "torchscript")
@@ -56,7 +57,7 @@ def convert_file(
     checkpoint = load_checkpoint(source, key=key)
     before = identify(checkpoint, str(source))
     cfg = _config(before, to, config_file, check or exports)
-    state = convert(before, "detectron2" if exports else to, norm, allow_partial)
+    state = convert_state(before, "detectron2" if exports else to, norm, allow_partial)
     after = identify({"model": state}, str(source))
     if exports:
         data, table = export(after, to, cfg)
@@ -94,13 +95,13 @@ def _config(
         return None
     cfg = get_cfg()
     cfg.merge_from_file(str(config_file))
-    for key, value in contents.which.config().items():
+    for key, value in contents.resnet.config().items():
         if get(cfg, key) != value:
             raise ConfigError(
-                f"{config_file}: {key} is {get(cfg, key)}, but {source} holds a {contents.which}, "
+                f"{config_file}: {key} is {get(cfg, key)}, but {source} holds a {contents.resnet}, "
                 f"with {value}: they are not of one model."
             )
-    if to == "torchvision" and contents.which.depth >= 50 and cfg.MODEL.RESNETS.STRIDE_IN_1X1:
+    if to == "torchvision" and contents.resnet.depth >= 50 and cfg.MODEL.RESNETS.STRIDE_IN_1X1:
         raise ConfigError(
             f"{config_file}: MODEL.RESNETS.STRIDE_IN_1X1 is True, but torchvision's ResNets have "
             "their stride in the 3x3 convolutions: the weights would compute something else there."
@@ -110,7 +111,7 @@ def _config(
 
 def _about(before: Contents, after: Contents, target: Path) -> str:
     lines = [
-        f"{target}: {after.which} in the layout of {after.layout}, {len(after.tensors)} tensors"
+        f"{target}: {after.resnet} in the layout of {after.layout}, {len(after.tensors)} tensors"
     ]
     if after.layout == "torchvision":
         return f"{lines[0]}, norm {after.norms['MODEL.RESNETS.NORM'] or 'none'}"

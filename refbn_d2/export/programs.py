@@ -48,7 +48,7 @@ def export(contents: Contents, to: str, cfg: CfgNode | None = None) -> tuple[byt
         images = _images(1, 4, 5)  # neither the size nor the number that the program was made with
         with torch.no_grad():
             found, expected = run(images), model(images)
-    return data, compare(found, expected, f"the {contents.which} against {to}", contents.source)
+    return data, compare(found, expected, f"the {contents.resnet} against {to}", contents.source)
 
 
 def _backbone(contents: Contents, cfg: CfgNode | None) -> nn.Module:

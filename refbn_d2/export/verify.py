@@ -87,7 +87,7 @@ def model_config(contents: Contents, cfg: CfgNode | None = None) -> CfgNode:
         cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
     cfg = cfg.clone()
     norms = {key: "BN" if norm == "RefBN" else norm for key, norm in contents.norms.items()}
-    cfg.merge_from_list([*chain(*(contents.which.config() | norms).items())])
+    cfg.merge_from_list([*chain(*(contents.resnet.config() | norms).items())])
     cfg.MODEL.DEVICE, cfg.MODEL.BACKBONE.FREEZE_AT = "cpu", 0
     return cfg
 
@@ -96,7 +96,7 @@ def resnet_config(contents: Contents, cfg: CfgNode | None = None) -> CfgNode:
     """`model_config` of the ResNet alone, with the stem and all stages as its maps."""
     cfg = model_config(contents, cfg)
     cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
-    stages = [f"res{stage}" for stage in range(2, contents.which.last_stage + 1)]
+    stages = [f"res{stage}" for stage in range(2, contents.resnet.last_stage + 1)]
     cfg.MODEL.RESNETS.OUT_FEATURES = ["stem", *stages]
     cfg.MODEL.RESNETS.RES5_DILATION = 1
     return cfg
@@ -122,7 +122,7 @@ def resnet_state(contents: Contents) -> dict[str, Tensor]:
     """The ResNet's tensors but for a classifier, by the layout's names without a place."""
     return {
         name if contents.layout == "torchvision" else own: contents.tensors[name]
-        for name, own in contents.bare.items()
+        for name, own in contents.resnet_names.items()
         if not own.startswith("linear.")
     }
 
@@ -130,8 +130,8 @@ def resnet_state(contents: Contents) -> dict[str, Tensor]:
 @torch.no_grad()
 def _resnet(contents: Contents, cfg: CfgNode | None) -> tuple[str, Outputs]:
     """(what ran, its maps of the picture)"""
-    which, norm = contents.which, contents.norms["MODEL.RESNETS.NORM"]
-    what = f"{which} with {norm or 'no norm'}"
+    resnet, norm = contents.resnet, contents.norms["MODEL.RESNETS.NORM"]
+    what = f"{resnet} with {norm or 'no norm'}"
     cfg, state = resnet_config(contents, cfg), resnet_state(contents)
     image = (_picture() - _channels("MEAN")) / _channels("STD")
     if contents.layout == "detectron2":
@@ -144,10 +144,10 @@ def _resnet(contents: Contents, cfg: CfgNode | None) -> tuple[str, Outputs]:
 
     norm = norm_factory(cfg.MODEL.RESNETS.NORM, cfg.MODEL.DEVICE)
     model = ResNet(
-        Bottleneck if which.depth >= 50 else BasicBlock,
-        BLOCKS[which.depth],
-        groups=which.groups,
-        width_per_group=which.width,
+        Bottleneck if resnet.depth >= 50 else BasicBlock,
+        BLOCKS[resnet.depth],
+        groups=resnet.groups,
+        width_per_group=resnet.width,
         norm_layer=lambda channels: norm(channels) or nn.Identity(),
     )
     model.fc = nn.Identity()

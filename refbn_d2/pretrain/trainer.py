@@ -11,7 +11,7 @@ from timm.utils import ModelEmaV3, accuracy
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from refbn_d2.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from refbn_d2.checkpoint import load_checkpoint, load_source, load_weights, save_checkpoint
 from refbn_d2.config import refbn_options
 from refbn_d2.layers.peers import prepare_peers
 from refbn_d2.pretrain.backbone import resnet_keys, write_backbone
@@ -74,7 +74,7 @@ def _build_models(
     """Return the model and its moving average, with the checkpoint's weights or MODEL.WEIGHTS."""
     source = cfg.MODEL.WEIGHTS
     model = build_model(cfg, num_classes).to(cfg.MODEL.DEVICE, memory_format=memory_format(cfg))
-    weights = checkpoint or (load_checkpoint(source) if source else {})
+    weights = checkpoint or (load_source(source) if source else {})
     if weights:
         where = f"The run in {output_dir}" if checkpoint else source
         check_num_classes(model, weights["model"], where)

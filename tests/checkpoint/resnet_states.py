@@ -6,7 +6,7 @@ import torch
 import torchvision
 from torch import nn
 
-from refbn_d2.checkpoint.convert import convert, identify
+from refbn_d2.checkpoint.convert import convert_state, identify
 from refbn_d2.checkpoint.names import torchvision_to_detectron2
 from refbn_d2.layers import RefBatchNorm2d
 
@@ -62,7 +62,7 @@ def _small(norm):
 
 
 def converted(state, to, norm=None, **options):
-    return convert(identify({"model": state}, "a.pth"), to, norm, **options)
+    return convert_state(identify({"model": state}, "a.pth"), to, norm, **options)
 
 
 def detectron2_names(state):

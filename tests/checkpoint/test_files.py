@@ -71,7 +71,9 @@ def test_a_failure_leaves_the_old_file_alone(tmp_path, name):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("wrapper", ["model", "state_dict", "model_state", "model_ema", None])
+@pytest.mark.parametrize(
+    "wrapper", ["model", "state_dict", "model_state_dict", "params", "weights", None]
+)
 def test_reads_torchs_files_however_wrapped(tmp_path, wrapper, legacy):
     data = {wrapper: state(), "iteration": 3} if wrapper else state()
     torch.save(data, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
@@ -159,8 +161,5 @@ def test_caffe2_is_refused_with_the_way_out(tmp_path, data):
 def test_torchscript_is_refused(tmp_path):
     with pytest.warns(Warning):
         torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "a.pt")
-    with (
-        pytest.warns(UserWarning, match="TorchScript"),
-        pytest.raises(CheckpointError, match="a.pt is a TorchScript"),
-    ):
+    with pytest.raises(CheckpointError, match="a.pt is a TorchScript"):
         load_checkpoint(tmp_path / "a.pt")

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torchvision
 
-from refbn_d2.checkpoint.convert import convert, identify, pack
+from refbn_d2.checkpoint.convert import convert_state, identify, pack
 from refbn_d2.checkpoint.files import save_checkpoint
 from refbn_d2.checkpoint.inspection import describe
 from refbn_d2.utils.errors import CheckpointError
@@ -62,7 +62,7 @@ def test_a_classifier_of_torchvisions(resnext, tmp_path):
 )
 def test_who_takes_a_backbone_of_detectron2s(resnet, norm, suffix, detectron2, tmp_path):
     path = tmp_path / f"a{suffix}"
-    state = convert(identify({"model": resnet}, "a"), "detectron2", norm)
+    state = convert_state(identify({"model": resnet}, "a"), "detectron2", norm)
     save_checkpoint(state if "bare" in suffix else pack(state, "detectron2", path.suffix), path)
     rows, takes = table(describe(path))
     assert rows["model"] == f"classifier, ResNet-18 with {norm}, 7 classes"
@@ -75,7 +75,7 @@ def test_who_takes_a_backbone_of_detectron2s(resnet, norm, suffix, detectron2, t
 
 
 def test_a_detector_with_its_training_state(resnet, tmp_path):
-    state = convert(identify({"model": resnet}, "a"), "detectron2", "RefBN")
+    state = convert_state(identify({"model": resnet}, "a"), "detectron2", "RefBN")
     state = {f"backbone.bottom_up.{n}": t for n, t in state.items() if "linear" not in n}
     for name in ("backbone.fpn_lateral2", "roi_heads.box_head.fc1", "roi_heads.mask_head.deconv"):
         state[f"{name}.weight"] = torch.ones(1)

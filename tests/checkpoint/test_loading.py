@@ -105,7 +105,7 @@ def test_an_imagenet_backbone_fills_a_detectors(fpn, caplog):
     assert_same({n: model.state_dict()[n] for n in heads}, heads)
     assert sorted(report.missing) == sorted(heads)
     assert report.unexpected == [f"backbone.{'bottom_up.' if fpn else ''}linear.weight"]
-    assert "left as initialised: backbone.fpn_lateral2.weight" in caplog.text or not fpn
+    assert "left as initialized: backbone.fpn_lateral2.weight" in caplog.text or not fpn
 
 
 def test_a_predictor_of_other_classes_is_skipped(caplog):

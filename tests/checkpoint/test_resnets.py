@@ -3,18 +3,18 @@ import torch
 import torchvision
 
 from refbn_d2.checkpoint.names import torchvision_to_detectron2
-from refbn_d2.checkpoint.resnets import ResNet, which_other, which_resnet
+from refbn_d2.checkpoint.resnets import ResNetSpec, infer_resnet, recognize_unsupported
 
 RESNETS = {
-    "resnet18": ResNet(18, res2=64),
-    "resnet34": ResNet(34, res2=64),
-    "resnet50": ResNet(50),
-    "resnet101": ResNet(101),
-    "resnet152": ResNet(152),
-    "resnext50_32x4d": ResNet(50, 32, 4),
-    "resnext101_32x8d": ResNet(101, 32, 8),
-    "resnext101_64x4d": ResNet(101, 64, 4),
-    "wide_resnet50_2": ResNet(50, 1, 128),
+    "resnet18": ResNetSpec(18, res2=64),
+    "resnet34": ResNetSpec(34, res2=64),
+    "resnet50": ResNetSpec(50),
+    "resnet101": ResNetSpec(101),
+    "resnet152": ResNetSpec(152),
+    "resnext50_32x4d": ResNetSpec(50, 32, 4),
+    "resnext101_32x8d": ResNetSpec(101, 32, 8),
+    "resnext101_64x4d": ResNetSpec(101, 64, 4),
+    "wide_resnet50_2": ResNetSpec(50, 1, 128),
 }
 NORM = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
 
@@ -38,7 +38,7 @@ def test_shapes_are_torchvisions(name):
 
 @pytest.mark.parametrize("name", RESNETS)
 def test_it_is_told_from_the_shapes(name):
-    assert which_resnet(torchvisions(name)) == RESNETS[name]
+    assert infer_resnet(torchvisions(name)) == RESNETS[name]
 
 
 @pytest.mark.parametrize("last_stage", [3, 4])
@@ -47,7 +47,7 @@ def test_one_without_its_last_stages_is_told(last_stage):
         shapes = {
             n: s for n, s in torchvisions(name).items() if n < f"res{last_stage + 1}" or "stem" in n
         }
-        which = which_resnet(shapes)
+        which = infer_resnet(shapes)
         assert str(which) == str(RESNETS[name]) and which.last_stage == last_stage
         assert which.shapes(NORM) == shapes
 
@@ -57,16 +57,16 @@ def test_one_without_its_last_stages_is_told(last_stage):
 def test_a_tensor_of_another_shape_is_outvoted(name, shape):
     own = torchvisions(name)
     for tensor in own:
-        assert which_resnet({**own, tensor: shape}) == RESNETS[name], tensor
+        assert infer_resnet({**own, tensor: shape}) == RESNETS[name], tensor
 
 
 @pytest.mark.parametrize(
     "which, name",
     [
-        (ResNet(18, res2=64), "ResNet-18"),
-        (ResNet(101, 32, 8), "ResNeXt-101 32x8d"),
-        (ResNet(50, width=128), "ResNet-50 of width 128"),
-        (ResNet(50, stem=16, res2=32), "ResNet-50 (stem 16, res2 32 channels)"),
+        (ResNetSpec(18, res2=64), "ResNet-18"),
+        (ResNetSpec(101, 32, 8), "ResNeXt-101 32x8d"),
+        (ResNetSpec(50, width=128), "ResNet-50 of width 128"),
+        (ResNetSpec(50, stem=16, res2=32), "ResNet-50 (stem 16, res2 32 channels)"),
     ],
 )
 def test_it_has_a_name(which, name):
@@ -90,7 +90,7 @@ def test_it_has_a_name(which, name):
 )
 def test_what_detectron2_cannot_build_is_an_error(layers, text):
     with pytest.raises(ValueError, match=text):
-        which_resnet({f"{layer}.weight": (8, 8, 3, 3) for layer in layers})
+        infer_resnet({f"{layer}.weight": (8, 8, 3, 3) for layer in layers})
 
 
 @pytest.mark.detectron2
@@ -98,9 +98,9 @@ def test_what_detectron2_cannot_build_is_an_error(layers, text):
     "which",
     [
         *RESNETS.values(),
-        ResNet(50, 4, 8, 16, 32),
-        ResNet(34, stem=32, res2=64),
-        ResNet(50, stem=256),
+        ResNetSpec(50, 4, 8, 16, 32),
+        ResNetSpec(34, stem=32, res2=64),
+        ResNetSpec(50, stem=256),
     ],
 )
 def test_its_config_builds_it_in_detectron2(which):
@@ -116,7 +116,7 @@ def test_its_config_builds_it_in_detectron2(which):
     with torch.device("meta"):
         model = build_resnet_backbone(cfg, ShapeSpec(channels=3))
     assert which.shapes(NORM[:4]) == shapes_of(model)
-    assert which_resnet(shapes_of(model)) == which
+    assert infer_resnet(shapes_of(model)) == which
 
 
 # ---- what is none
@@ -165,7 +165,7 @@ def test_torchvisions_others_are_named(name):
     weights = {"weights_backbone": None} if "rcnn" in name or "retina" in name else {}
     with torch.device("meta"):
         model = torchvision.models.get_model(name, weights=None, **weights)
-    assert OTHERS[name] in which_other(model.state_dict())
+    assert OTHERS[name] in recognize_unsupported(model.state_dict())
 
 
 @pytest.mark.parametrize("name", TIMMS_OTHERS)
@@ -173,23 +173,23 @@ def test_timms_others_are_named(name):
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
         model = timm.create_model(name)
-    assert TIMMS_OTHERS[name] in which_other(model.state_dict())
+    assert TIMMS_OTHERS[name] in recognize_unsupported(model.state_dict())
 
 
 @pytest.mark.parametrize("name", RESNETS)
 def test_a_resnet_is_no_other(name):
     with torch.device("meta"):
         names = list(torchvision.models.get_model(name).state_dict())
-    assert which_other(names) is None
+    assert recognize_unsupported(names) is None
     for place in ("", "backbone.", "backbone.bottom_up."):
-        assert which_other(place + torchvision_to_detectron2(n) for n in names) is None
+        assert recognize_unsupported(place + torchvision_to_detectron2(n) for n in names) is None
 
 
 def test_a_vitdet_of_detectron2_and_a_stem_of_deeplab_are_named():
-    assert which_other(["backbone.net.blocks.0.attn.qkv.weight"]) == "a ViT (timm)"
+    assert recognize_unsupported(["backbone.net.blocks.0.attn.qkv.weight"]) == "a ViT (timm)"
     deeplab = [
         "backbone.stem.conv1.weight",
         "backbone.stem.conv3.weight",
         "backbone.res2.0.conv1.weight",
     ]
-    assert "deep stem" in which_other(deeplab)
+    assert "deep stem" in recognize_unsupported(deeplab)

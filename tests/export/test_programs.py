@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from refbn_d2.checkpoint.convert import convert, identify
+from refbn_d2.checkpoint.convert import convert_state, identify
 from refbn_d2.export.programs import export
 from refbn_d2.export.programs import export as module
 from refbn_d2.utils.errors import CheckpointError
@@ -14,7 +14,7 @@ from refbn_d2.utils.errors import CheckpointError
 def backbone(resnet18):
     """torchvision's ResNet-18 in Detectron2's layout, with RefBN."""
     before = identify({"model": resnet18.state_dict()}, "a.pth")
-    return identify({"model": convert(before, "detectron2", "RefBN")}, "a.pth")
+    return identify({"model": convert_state(before, "detectron2", "RefBN")}, "a.pth")
 
 
 def run(data, to, images, names):

@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 
-from refbn_d2.checkpoint.convert import NORMS, convert, identify
+from refbn_d2.checkpoint.convert import TARGET_NORMS, convert_state, identify
 from refbn_d2.config import ConfigError
 from refbn_d2.export.verify import verify
 from refbn_d2.utils.errors import CheckpointError
@@ -20,7 +20,7 @@ def contents(state):
 
 
 def converted(before, to, norm=None):
-    return contents(convert(before, to, norm))
+    return contents(convert_state(before, to, norm))
 
 
 def rows(table):
@@ -41,7 +41,7 @@ def whose(request):
     return request.param
 
 
-@pytest.mark.parametrize("norm", [None, *NORMS])
+@pytest.mark.parametrize("norm", [None, *TARGET_NORMS])
 def test_a_resnet_computes_the_same_in_either_layout(resnet18, norm, whose):
     before = contents(resnet18.state_dict())
     there = converted(before, "detectron2", norm)
@@ -107,14 +107,14 @@ def test_the_stride_is_the_configs(whose):
 def test_what_is_not_whole_cannot_run(resnet18):
     state = {n: t for n, t in resnet18.state_dict().items() if n != "layer2.0.conv1.weight"}
     before = contents(state)
-    after = contents(convert(before, "detectron2", allow_partial=True))
+    after = contents(convert_state(before, "detectron2", allow_partial=True))
     with pytest.raises(
         CheckpointError, match=r"a.pth does not fit its model: (.|\n)*layer2.0.conv1.weight"
     ):
         verify(before, after)
 
 
-@pytest.mark.parametrize("norm", [None, *NORMS])
+@pytest.mark.parametrize("norm", [None, *TARGET_NORMS])
 def test_a_detector_detects_the_same(mask_rcnn, mask_rcnn_cfg, norm, whose):
     before = contents(mask_rcnn.state_dict())
     table = verify(before, converted(before, "detectron2", norm), mask_rcnn_cfg)
@@ -143,7 +143,7 @@ def test_a_changed_detector_is_found(mask_rcnn, mask_rcnn_cfg, name, good, whose
 
 def test_a_detectors_resnet_computes_the_same_in_torchvision(mask_rcnn, mask_rcnn_cfg, whose):
     before = contents(mask_rcnn.state_dict())
-    after = contents(convert(before, "torchvision", "BN", allow_partial=True))
+    after = contents(convert_state(before, "torchvision", "BN", allow_partial=True))
     table = verify(before, after, mask_rcnn_cfg)
     assert table.startswith(f"{whose} ResNet-18 with RefBN against torchvision's ResNet-18 with BN")
     assert list(rows(table)) == STAGES and max(rows(table).values()) < 1e-5

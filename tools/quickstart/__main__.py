@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Pretrain a backbone with RefBN and with BN, convert it, fine-tune Mask R-CNN; write a report.
+"""Pretrain a backbone with RefBN and with BN, convert it, fine-tune Mask R-CNN, write a report.
 
-Without arguments: about ten minutes on two CPU cores. Interrupted, it goes on where it was.
+Takes about ten minutes on two CPU cores. If it is interrupted, the same command resumes it.
 """
 
 import argparse
@@ -14,11 +14,11 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--output-dir", default="output/quickstart", help="in the checkout")
+    p.add_argument("--output-dir", default="output/quickstart", help="relative to the checkout")
     for what in ("pretrain", "finetune"):
         p.add_argument(
             f"--{what}", default="", metavar="'KEY VALUE ...'",
-            help=f"overrides of every {what} config, such as 'SEED 2'",
+            help=f"overrides of every {what} config, for example 'SEED 2'",
         )  # fmt: skip
     return p
 

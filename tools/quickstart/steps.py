@@ -1,7 +1,7 @@
-"""The whole road in one command: data, pretraining, conversion, fine-tuning, and a report.
+"""The steps of the quickstart: data, pretraining, conversion, fine-tuning, and a report.
 
-Each step is a command that a user could type. `steps.json` in the output's folder says which are
-done, so that a run that was interrupted goes on where it was.
+Each step is a command that a user could type. `steps.json` in the output folder records which steps
+are done, so that an interrupted run resumes.
 """
 
 import base64
@@ -22,49 +22,50 @@ from refbn_d2.utils.errors import ConfigError, DataError
 from refbn_d2.utils.file_io import write_text
 from refbn_d2.visualization.curves import compare_curves
 
-ROOT = Path(__file__).parents[2]  # of the checkout: its configs and tools
+ROOT = Path(__file__).parents[2]  # of the checkout, which holds configs/ and tools/
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command, what it is for, and its share of the time, in the unit of the shortest."""
+    """A command, its purpose, and its share of the time (1: that of the shortest step)."""
 
     name: str
     title: str
     text: str
     command: tuple[str, ...]
     share: float
-    leaves: str = ""  # a file that is there, whole, when it is done
-    output_dir: str = ""  # of a training, which `--resume` takes up again
+    leaves: str = ""  # a file that exists, complete, once the step is done
+    output_dir: str = ""  # of a training, which `--resume` continues
 
 
 def steps(out: str, changes: dict[str, list[str]]) -> list[Step]:
-    """The steps, in their order; `out` is the folder, relative to the checkout.
+    """Return the steps in order.
 
     Args:
+        out: the output folder, relative to the checkout.
         changes: overrides of the configs, KEY VALUE ..., for "pretrain" and "finetune".
     """
     listed = [
         Step(
             "detection", "Data for detection",
-            "A COCO-format set of 12 shapes in 7 photometric domains, drawn the same on every "
-            "machine: 4,000 pictures to train on, 500 to evaluate on.",
+            "A data set in COCO format: 12 shapes in 7 photometric domains, 4,000 pictures for "
+            "training and 500 for evaluation. They are the same on every machine.",
             ("-m", "refbn_d2.data.shapes"), 1,
         ),
         Step(
             "classification", "Data for pretraining",
-            "The same shapes as an ImageNet of their own: one object a picture, a folder a class.",
+            "The same shapes in ImageNet's layout: one object a picture, one folder a class.",
             ("-m", "refbn_d2.data.shapes", "--classification"), 1,
         ),
     ]  # fmt: skip
     for norm, text in (
         (
             "RefBN",
-            "Its norms compare every batch with a reference batch of 32 training pictures, drawn "
-            "once, of which 8 are appended to the batch every 4 steps.",
+            "Its norms mix the moments of a reference batch into those of every batch. It holds 32 "
+            "training pictures, drawn once. Every 4 steps, 8 of them join the batch.",
         ),
-        ("BN", "The same recipe with BatchNorm, to compare."),
+        ("BN", "The same recipe with BatchNorm, for comparison."),
     ):
         low = norm.lower()
         folder = f"{out}/pretrain_{low}"
@@ -83,8 +84,8 @@ def steps(out: str, changes: dict[str, list[str]]) -> list[Step]:
         listed.append(
             Step(
                 f"convert_{low}", f"Convert it for Detectron2 ({norm})",
-                "Torchvision's parameter names become Detectron2's, and the same picture goes "
-                "through both models: the largest difference in each stage.",
+                "Torchvision's parameter names become Detectron2's. The same picture runs through "
+                "both models; the output lists the largest difference in each stage.",
                 (
                     "tools/convert_checkpoint.py", f"{folder}/model_final.pth", weights,
                     "--to", "detectron2", "--verify",
@@ -94,17 +95,17 @@ def steps(out: str, changes: dict[str, list[str]]) -> list[Step]:
     for name, title, text, norm, weights in (
         (
             "refbn", "Fine-tune Mask R-CNN from the RefBN backbone",
-            "RefBN in backbone, FPN and mask head; its reference is captured anew, on the "
+            "RefBN in backbone, FPN and mask head. Its reference is captured again, on the "
             "detection pictures.",
             "refbn", f"{out}/resnet18_refbn.pkl",
         ),
         (
             "bn", "Fine-tune Mask R-CNN from the BN backbone",
-            "The same with BatchNorm.", "bn", f"{out}/resnet18_bn.pkl",
+            "The same recipe with BatchNorm.", "bn", f"{out}/resnet18_bn.pkl",
         ),
         (
             "scratch", "Train Mask R-CNN from scratch",
-            "RefBN without pretraining, as many steps.", "refbn", "",
+            "RefBN without pretraining, for as many steps.", "refbn", "",
         ),
     ):  # fmt: skip
         listed.append(
@@ -121,9 +122,9 @@ def steps(out: str, changes: dict[str, list[str]]) -> list[Step]:
     exported = f"{out}/mask_rcnn_frozenbn.pth"
     listed.append(
         Step(
-            "export", "Leave this package behind",
-            "In evaluation RefBN is an affine map. As FrozenBN the detector loads into a stock "
-            "Detectron2, and detects the same.",
+            "export", "Export to a stock Detectron2",
+            "In evaluation RefBN is an affine map. Converted to FrozenBN, the detector loads into "
+            "a stock Detectron2 without this package and gives the same detections.",
             (
                 "tools/convert_checkpoint.py", f"{out}/refbn/model_final.pth", exported,
                 "--to", "detectron2", "--norm", "FrozenBN", "--verify",
@@ -134,7 +135,7 @@ def steps(out: str, changes: dict[str, list[str]]) -> list[Step]:
 
 
 def run(folder: Path, todo: list[Step]) -> "Record":
-    """Do those of the steps that `folder` does not hold yet.
+    """Run the steps that are not recorded as done in `folder`.
 
     Raises:
         ChildProcessError: a step failed; names its command.
@@ -190,10 +191,10 @@ class Record:
         write_text(self.path, json.dumps(self.steps, indent=1))
 
     def estimate(self, todo: list[Step]) -> str:
-        """How long the rest will take, by the pace so far."""
+        """Return " (about N min left)" by the pace so far; "" if it is too early to say."""
         done = [step for step in todo if self.is_done(step)]
         shares = sum(step.share for step in done)
-        if shares < 3:  # the first steps tell too little
+        if shares < 3:  # too early for an estimate
             return ""
         pace = sum(self.steps[step.name]["seconds"] for step in done) / shares
         left = pace * sum(step.share for step in todo if not self.is_done(step))
@@ -205,7 +206,7 @@ def _do(step: Step, record: Record) -> None:
     if step.output_dir and (ROOT / step.output_dir / "last_checkpoint").exists():
         command.insert(1, "--resume")
     print(f"$ {_typed(command)}", flush=True)
-    if step.leaves and (ROOT / step.leaves).exists():  # killed behind its last write
+    if step.leaves and (ROOT / step.leaves).exists():  # killed after its last write
         record.note(step, 0.0, True, "")
         return
     start = time.time()
@@ -216,13 +217,13 @@ def _do(step: Step, record: Record) -> None:
         record.note(step, time.time() - start, code == 0, output)
     if code != 0:
         raise ChildProcessError(
-            f"step {step.name!r} ended with exit code {code}, and said why above. The command: "
-            f"{_typed(command)}"
+            f"step {step.name!r} ended with exit code {code}; its output above says why. The "
+            f"command was: {_typed(command)}"
         )
 
 
 def _call(command: list[str]) -> tuple[int, str]:
-    """Run it; what it says goes to the terminal, and what it prints on stdout is returned too."""
+    """Run `command`, show its output, and return its exit code and what it printed on stdout."""
     process = subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -232,7 +233,7 @@ def _call(command: list[str]) -> tuple[int, str]:
             print(line, end="", flush=True)
             lines.append(line)
         return process.wait(), "".join(lines)
-    except BaseException as error:  # the child writes a checkpoint, told so by the terminal or here
+    except BaseException as error:  # so that the child writes a checkpoint
         if not isinstance(error, KeyboardInterrupt):
             process.terminate()
         process.communicate()
@@ -250,7 +251,7 @@ PRETRAINED = {"pretrain_refbn": "RefBN", "pretrain_bn": "BN"}
 
 
 def write_report(folder: Path, todo: list[Step], record: Record) -> Path:
-    """report.html: one file, with the pictures in it, of what was measured in `folder`."""
+    """Write report.html, a single file with its pictures, from what `folder` holds."""
     compare_curves(
         {label: folder / name / "metrics.json" for name, label in PRETRAINED.items()},
         {"total_loss": "Pretraining: loss", "val/top1": "Pretraining: top-1 (%)"},
@@ -258,7 +259,7 @@ def write_report(folder: Path, todo: list[Step], record: Record) -> Path:
     )
     compare_curves(
         {label: folder / name / "metrics.json" for name, label in RUNS.items()},
-        {"total_loss": "Mask R-CNN: loss", "loss_cls": "Mask R-CNN: loss of the classes"},
+        {"total_loss": "Mask R-CNN: loss", "loss_cls": "Mask R-CNN: classification loss"},
         folder / "finetuning.png",
     )
     pictures = {
@@ -295,7 +296,7 @@ def write_report(folder: Path, todo: list[Step], record: Record) -> Path:
 
 
 def _last(metrics_json: Path) -> dict[str, float]:
-    """The last value of everything that a run logged, by names without slashes."""
+    """Return the last value of every metric that a run logged, with "_" for "/" in the names."""
     values: dict[str, float] = {}
     for line in metrics_json.read_text().splitlines():
         values |= json.loads(line)

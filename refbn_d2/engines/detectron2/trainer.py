@@ -41,8 +41,9 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from refbn_d2 import plugin
-from refbn_d2.checkpoint.files import Caffe2Checkpoint, load_checkpoint
+from refbn_d2.checkpoint.files import load_checkpoint
 from refbn_d2.checkpoint.loading import load_weights
+from refbn_d2.checkpoint.source import parse_source
 from refbn_d2.config.resume import FREE_IN_DETECTION
 from refbn_d2.plugin.hook import unwrapped
 from refbn_d2.training.output_dir import check_output_dir, check_resumable, last_checkpoint_name
@@ -222,7 +223,7 @@ def build_evaluator(dataset_name: str, output_folder: str) -> DatasetEvaluator:
 class Checkpointer(DetectionCheckpointer):
     """DetectionCheckpointer that takes torchvision's and timm's ResNets, and fails loudly.
 
-    `checkpoint.files.load_weights` says what fits, and raises where under 95 % of the backbone do.
+    `checkpoint.loading.load_weights` says what fits, and raises if under 95 % of a backbone does.
     """
 
     def __init__(
@@ -232,40 +233,44 @@ class Checkpointer(DetectionCheckpointer):
         self.allow_partial = allow_partial
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
-        """As DetectionCheckpointer's.
+        """As DetectionCheckpointer's; `path` may end in "?key=KEY", as in `checkpoint.source`.
 
         Raises:
             FileNotFoundError: worker 0 has no such file.
             CheckpointError: it cannot be read, does not fit the model, or is to be resumed and
                 belongs to another program's run.
         """
-        file = path.partition("?")[0]  # behind it: matching_heuristics=True
-        if path and "://" not in path and comm.is_main_process() and not os.path.isfile(file):
+        self._asked = parse_source(path or "")
+        file = self._asked.file
+        if file and not self._asked.is_url and comm.is_main_process() and not os.path.isfile(file):
             raise FileNotFoundError(f"{file}: there is no such checkpoint file (MODEL.WEIGHTS).")
         self._needed = self.checkpointables if checkpointables is None else checkpointables
-        return super().load(path, checkpointables)
+        try:
+            return super().load(file, checkpointables)
+        finally:  # Detectron2 does so itself where nothing was raised
+            self._parsed_url_during_load = None
 
     def _load_file(self, filename: str) -> dict:
+        """Never Detectron2's own, which runs the code in a .pkl."""
         self._source = filename
-        url = getattr(self, "_parsed_url_during_load", None)  # release 0.6 has none
-        if filename.endswith(".pyth") or (url and url.query):
-            return super()._load_file(filename)
-        try:
-            checkpoint = load_checkpoint(filename)
-        except Caffe2Checkpoint:
-            return super()._load_file(filename)
+        of_pycls = filename.endswith(".pyth")
+        key = self._asked.key or ("model_state" if of_pycls else None)
+        checkpoint = load_checkpoint(filename, key=key, caffe2=True)
+        if of_pycls:
+            checkpoint["__author__"] = "pycls"
+        if of_pycls or self._asked.matching_heuristics:
+            checkpoint["matching_heuristics"] = True
         check_resumable(filename, checkpoint, self._needed)
         return checkpoint
 
     def _load_model(self, checkpoint: dict) -> None:
-        state = checkpoint.pop("model")
-        self._convert_ndarray_to_tensor(state)
+        state, arch = checkpoint.pop("model"), str(checkpoint.get("arch"))
         if checkpoint.get("matching_heuristics"):
             of_caffe2 = checkpoint.get("__author__") == "Caffe2"
             state = align_and_update_state_dicts(self.model.state_dict(), state, of_caffe2)
             if of_caffe2:
                 state = _with_statistics(state)
-        load_weights(self.model, state, self._source, self.allow_partial)
+        load_weights(self.model, state, self._source, self.allow_partial, arch)
 
 
 def _with_statistics(state: dict) -> dict:

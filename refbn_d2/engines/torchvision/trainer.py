@@ -9,8 +9,8 @@ from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import nn
 from tqdm import tqdm
 
-from refbn_d2.checkpoint.files import load_checkpoint
 from refbn_d2.checkpoint.loading import load_weights
+from refbn_d2.checkpoint.source import load_source
 from refbn_d2.config import refbn_options
 from refbn_d2.engines.torchvision.data import (
     LoadedDataset,
@@ -76,8 +76,11 @@ def _build_model(cfg, checkpoint: dict | None, allow_partial_weights: bool) -> n
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
     elif cfg.MODEL.WEIGHTS:
-        state = load_checkpoint(cfg.MODEL.WEIGHTS)["model"]
-        load_weights(model, state, cfg.MODEL.WEIGHTS, allow_partial_weights)
+        weights = load_source(cfg.MODEL.WEIGHTS)
+        load_weights(
+            model, weights["model"], cfg.MODEL.WEIGHTS, allow_partial_weights,
+            str(weights.get("arch")),
+        )  # fmt: skip
     return model
 
 

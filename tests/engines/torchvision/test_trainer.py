@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
 from refbn_d2.checkpoint.files import load_checkpoint, save_checkpoint
 from refbn_d2.config.resume import FREE_IN_DETECTION
@@ -19,7 +20,7 @@ from refbn_d2.engines.torchvision import trainer as trainer_module
 from refbn_d2.engines.torchvision.trainer import Trainer, evaluate, train
 from refbn_d2.training.main import run_training
 from refbn_d2.utils import distributed
-from refbn_d2.utils.errors import ConfigError, DivergedError
+from refbn_d2.utils.errors import CheckpointError, ConfigError, DivergedError
 
 ROOT = Path(__file__).parents[3]
 
@@ -401,3 +402,23 @@ def test_command_line_errors_are_one_line(tiny_cfg, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in err
     assert "SOLVER.BASE_LRR: no such key; did you mean SOLVER.BASE_LR?" in err
+
+
+@pytest.mark.parametrize("weights", ["detectron2://ImageNetPretrained/R-50.pkl", "https://h/a.pth"])
+def test_urls_are_for_the_other_engine(tiny_cfg, weights):
+    with pytest.raises(CheckpointError, match="is a URL.*--engine detectron2"):
+        run(tiny_cfg, "MODEL.WEIGHTS", weights)
+
+
+def test_another_architecture_is_refused_by_name(tiny_cfg, tmp_path):
+    state = torchvision.models.resnet18().state_dict()
+    state |= {"layer1.0.se.fc1.weight": torch.ones(4, 64, 1, 1)}
+    save_checkpoint({"state_dict": state}, tmp_path / "se.pth")
+    with pytest.raises(
+        CheckpointError, match="se.pth is a ResNet with attention.*the model ResNet-18"
+    ):
+        run(tiny_cfg, "MODEL.WEIGHTS", str(tmp_path / "se.pth"))
+    del state["layer1.0.se.fc1.weight"]
+    save_checkpoint({"state_dict": state, "arch": "resnetaa18"}, tmp_path / "aa.pth")
+    with pytest.raises(CheckpointError, match="aa.pth is an anti-aliased ResNet"):
+        run(tiny_cfg, "MODEL.WEIGHTS", str(tmp_path / "aa.pth"))
