@@ -9,11 +9,14 @@ import json
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from refbn_d2.checkpoint import load_checkpoint, load_weights
 from refbn_d2.config.pretrain import get_pretrain_cfg
 from refbn_d2.data import shapes
 from refbn_d2.pretrain.data.datasets import ImageSet
-from refbn_d2.pretrain.trainer import Trainer
+from refbn_d2.pretrain.evaluation import Evaluator
+from refbn_d2.pretrain.models import build_model, check_num_classes
 from refbn_d2.utils.arguments import default_argument_parser, run_or_exit
 from refbn_d2.utils.device import resolve_device
 from refbn_d2.utils.errors import DataError
@@ -29,28 +32,33 @@ def evaluate(args: argparse.Namespace) -> None:
     output_dir, found = Path(cfg.OUTPUT_DIR), {}
     output_dir.mkdir(parents=True, exist_ok=True)
     for label, folder in json.loads(args.sets).items():
-        cfg.DATASETS.TEST = folder
-        trainer, images = Trainer(cfg, output_dir, False, training=False), ImageSet(Path(folder))
+        images = ImageSet(Path(folder))
+        model = build_model(cfg, images.num_classes).to(cfg.MODEL.DEVICE)
+        state = load_checkpoint(cfg.MODEL.WEIGHTS)["model"]
+        check_num_classes(model, state, cfg.MODEL.WEIGHTS)
+        load_weights(model, state, cfg.MODEL.WEIGHTS)
+        evaluator = Evaluator(cfg, images)
         if label == "domains":
-            found |= by_domain(trainer, images)
+            found |= by_domain(model, evaluator, images)
         else:
-            found[label] = {"top1": trainer.evaluate()["val/top1"], "images": len(images)}
+            top1 = evaluator({"val": model})["val/top1"]
+            found[label] = {"top1": top1, "images": len(images)}
     write_text(output_dir / "results.json", json.dumps(found, indent=1))
 
 
 @torch.no_grad()
-def by_domain(trainer: Trainer, images: ImageSet) -> dict[str, dict]:
+def by_domain(model: nn.Module, evaluator: Evaluator, images: ImageSet) -> dict[str, dict]:
     """Return {"@domain": {"top1" (%), "images"}} by the domains in the pictures' names.
 
     Raises:
         DataError: a picture cannot be read.
     """
-    trainer.model.eval()
+    model.eval()
     right: list[bool] = []
-    for pictures, labels, unreadable in trainer.test_loader:  # in the order of `images`
+    for pictures, labels, unreadable in evaluator.loader:  # in the order of `images`
         if unreadable:
             raise DataError(f"{images.path}: {unreadable[0][0]} cannot be read: {unreadable[0][1]}")
-        logits = trainer.model(trainer._normalize(pictures))
+        logits = model(evaluator.normalize(pictures))
         right += (logits.argmax(1).cpu() == labels).tolist()
     domains = [shapes.domain_of(name) for name in images.reader.filenames()]
     of = {d: [r for r, other in zip(right, domains, strict=True) if other == d] for d in domains}
