@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 YAMLS = sorted(
     str(path.relative_to(CONFIGS))
     for path in CONFIGS.rglob("*.yaml")
-    if not path.name.startswith("Base-") and path.parent.name != "pretrain"
+    if not path.name.startswith("Base-") and path.parent.name not in ("pretrain", "studies")
 )
 DETECTRON2_ALONE = [name for name in YAMLS if "retinanet" in name]
 COCO = [name for name in YAMLS if name.startswith("COCO-")]

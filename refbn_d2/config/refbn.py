@@ -69,10 +69,16 @@ class RefBNOptions:
 
 
 def add_refbn_config(cfg) -> None:
-    """Add MODEL.REFBN and DATASETS.REGISTER to `cfg`, Detectron2's CfgNode or ours, in place."""
+    """Add MODEL.REFBN, DATASETS.REGISTER and how training batches are made up to `cfg`, in place.
+
+    `cfg` is Detectron2's CfgNode or ours.
+    """
     add_refbn_model_config(cfg)
     # One's own data in COCO's format: ((name, json file, image folder), ...)
     cfg.DATASETS.REGISTER = ()
+    # Training batches: "iid", or "domain": all images of a batch are of one domain.
+    cfg.DATALOADER.BATCH_COMPOSITION = "iid"
+    cfg.DATALOADER.DOMAIN_FIELD = "domain"  # of the json's images; or a camera's or video's id
 
 
 def add_refbn_model_config(cfg) -> None:

@@ -77,6 +77,27 @@ class GroupedBatchSampler(Sampler):
             yield from rng.permutation(len(self.groups)).repeat(self.repeats).tolist()
 
 
+def domains_of(dataset_dicts: Sequence[dict], field: str) -> list[Hashable]:
+    """Return each image's domain, for batches of one domain each.
+
+    Args:
+        dataset_dicts: with "domain", which was read from `field` of the json's images.
+
+    Raises:
+        DataError: an image has none, or one that is a list; names the image.
+    """
+    for d in dataset_dicts:
+        domain = d.get("domain")
+        if not isinstance(domain, str | int):
+            raise DataError(
+                "DATALOADER.BATCH_COMPOSITION = 'domain', and "
+                f"image {d.get('image_id')} ({d['file_name']}) has {field!r} = {domain!r} in its "
+                "json file; give every image a word or a whole number there, or name another field "
+                "in DATALOADER.DOMAIN_FIELD"
+            )
+    return [d["domain"] for d in dataset_dicts]
+
+
 def start_worker(worker: int) -> None:
     """Ctrl-C, which a terminal sends to workers too, is the main process's.
 

@@ -4,6 +4,7 @@
 
     get_norm                    knows "RefBN" and its peers, for whoever imported it, at any time
     RetinaNetHead               gives them one layer a pyramid level, as it gives BN
+    training loaders            read DATALOADER.BATCH_COMPOSITION
     build_model                 reads MODEL.REFBN into the layers, links CBN and MABN to their
                                 convolutions, and registers DATASETS.REGISTER
     config defaults             hold MODEL.REFBN and DATASETS.REGISTER
@@ -39,6 +40,7 @@ _WAY_OUT = (
 try:
     from detectron2.config import configurable, defaults
     from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data import build as data_build
     from detectron2.data.datasets import load_coco_json
     from detectron2.engine.train_loop import TrainerBase
     from detectron2.layers import CycleBatchNormList, batch_norm
@@ -74,6 +76,7 @@ def register() -> None:
     try:
         _undo.append(replace_code(batch_norm.get_norm, _get_norm))
         _undo.append(replace_code(build.build_model, _build_model))
+        _undo.append(replace_code(data_build._train_loader_from_config, _loader_arguments))
         _undo.append(replace_attribute(RetinaNetHead, "__init__", _one_layer_a_level(head)))
         hooks = _with_reference_hook(TrainerBase.register_hooks)
         _undo.append(replace_attribute(TrainerBase, "register_hooks", hooks))
@@ -125,6 +128,12 @@ def _check() -> None:
         arguments(build.build_model) == ["cfg"],
         "detectron2.modeling.build_model to be a function build_model(cfg)",
     )
+    expect(
+        arguments(getattr(data_build, "_train_loader_from_config", None))
+        == ["cfg", "mapper", "dataset", "sampler"],
+        "detectron2.data.build to have a function _train_loader_from_config(cfg, mapper, *, "
+        "dataset, sampler)",
+    )
     head = getattr(RetinaNetHead.__init__, "__wrapped__", lambda: None)
     expect(
         {"input_shape", "norm"} <= set(inspect.signature(head).parameters),
@@ -171,6 +180,25 @@ def model_of(cfg) -> nn.Module:
     apply_options(model, options)
     prepare_peers(model, cfg.SOLVER.MAX_ITER)
     return model
+
+
+def _loader_arguments(cfg, mapper=None, *, dataset=None, sampler=None):
+    from refbn_d2.plugin import registration
+
+    return registration.loader_arguments(cfg, mapper, dataset=dataset, sampler=sampler)
+
+
+def loader_arguments(cfg, mapper=None, *, dataset=None, sampler=None) -> dict:
+    """Return what `build_detection_train_loader` takes from a config while RefBN is registered.
+
+    Raises:
+        ConfigError, DataError: as `plugin.domains.with_domains`.
+    """
+    from refbn_d2.plugin.domains import with_domains
+
+    original = originals["_train_loader_from_config"]
+    arguments = original(cfg, mapper, dataset=dataset, sampler=sampler)
+    return arguments if sampler is not None else with_domains(cfg, arguments)
 
 
 def _one_layer_a_level(init: Callable) -> Callable:
@@ -225,6 +253,7 @@ def _add_keys(cfg) -> Callable[[], None]:
 
     def undo() -> None:
         del cfg.MODEL["REFBN"], cfg.DATASETS["REGISTER"]
+        del cfg.DATALOADER["BATCH_COMPOSITION"], cfg.DATALOADER["DOMAIN_FIELD"]
 
     return undo
 

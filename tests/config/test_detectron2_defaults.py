@@ -9,6 +9,8 @@ from refbn_d2.config import add_refbn_config, get_cfg, refbn_options
 
 pytestmark = pytest.mark.detectron2
 
+OWN = ("DATASETS.REGISTER", "DATALOADER.BATCH_COMPOSITION", "DATALOADER.DOMAIN_FIELD")
+
 
 @pytest.fixture
 def bare_cfg():
@@ -43,7 +45,7 @@ def yamls(*folders):
 
 def test_same_keys_values_and_types(bare_cfg):
     ours, theirs = dict(flat(get_cfg())), dict(flat(bare_cfg))
-    own = {k for k in ours if k.startswith("MODEL.REFBN.") or k == "DATASETS.REGISTER"}
+    own = {k for k in ours if k.startswith("MODEL.REFBN.") or k in OWN}
     assert ours.keys() - theirs.keys() == own
     assert theirs.keys() <= ours.keys()
     assert {k: repr(ours[k]) for k in theirs} == {k: repr(v) for k, v in theirs.items()}
@@ -55,7 +57,7 @@ def test_own_keys_on_detectron2s_config(bare_cfg):
     add_refbn_config(bare_cfg)
     assert type(bare_cfg.MODEL.REFBN) is type(bare_cfg)
     assert refbn_options(bare_cfg) == refbn_options(get_cfg())
-    own = {k: v for k, v in flat(get_cfg()) if "REFBN" in k or k == "DATASETS.REGISTER"}
+    own = {k: v for k, v in flat(get_cfg()) if "REFBN" in k or k in OWN}
     assert own.items() <= dict(flat(bare_cfg)).items()
 
 

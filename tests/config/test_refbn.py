@@ -31,6 +31,7 @@ def foreign_cfg():
     cfg = CfgNode()
     cfg.MODEL = CfgNode()
     cfg.DATASETS = CfgNode()
+    cfg.DATALOADER = CfgNode()
     return cfg
 
 

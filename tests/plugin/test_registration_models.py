@@ -175,7 +175,7 @@ def test_a_config_without_the_keys_takes_the_defaults():
     from detectron2.modeling import build_model
 
     cfg = get_cfg()
-    del cfg.MODEL["REFBN"], cfg.DATASETS["REGISTER"]
+    del cfg.MODEL["REFBN"], cfg.DATASETS["REGISTER"], cfg.DATALOADER["BATCH_COMPOSITION"]
     cfg.MODEL.DEVICE, cfg.MODEL.RESNETS.NORM = "cpu", "RefBN"
     layers = list(refbn_layers(build_model(cfg)))
     assert len(layers) > 9

@@ -167,7 +167,10 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
-        return build_evaluator(dataset_name, output_folder or f"{cfg.OUTPUT_DIR}/inference")
+        folder = output_folder or f"{cfg.OUTPUT_DIR}/inference"
+        if len(cfg.DATASETS.TEST) > 1:  # each keeps its files, as on the other engine
+            folder = f"{folder}/{dataset_name}"
+        return build_evaluator(dataset_name, folder)
 
     @classmethod
     def test(

@@ -93,3 +93,19 @@ def test_the_type_of_a_test_set_chooses_the_evaluator(tmp_path):
     with pytest.raises(ConfigError, match="data set odd of evaluator_type 'smell'"):
         build_evaluator("odd", str(tmp_path))
     MetadataCatalog.remove("odd")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_several_test_sets_keep_their_files_apart(detectron2_cfg, number):
+    from refbn_d2.engines.detectron2.trainer import Trainer
+    from refbn_d2.plugin.registration import register_datasets
+
+    register_datasets(detectron2_cfg)
+    detectron2_cfg.DATASETS.TEST = ("tiny_val", "tiny_train")[:number]
+    folders = [
+        Trainer.build_evaluator(detectron2_cfg, name)._output_dir
+        for name in detectron2_cfg.DATASETS.TEST
+    ]
+    inference = f"{detectron2_cfg.OUTPUT_DIR}/inference"
+    alone, apart = [inference], [f"{inference}/tiny_val", f"{inference}/tiny_train"]
+    assert folders == (alone if number == 1 else apart)

@@ -72,8 +72,9 @@ def load_test_dicts(cfg, name: str) -> LoadedDataset:
 def _load(cfg, name: str, require_annotations: bool = True) -> LoadedDataset:
     dataset = catalog.get(name)
     dicts, class_names, id_map = load_coco_json(
-        dataset.json_file, dataset.image_root, name, require_annotations
-    )
+        dataset.json_file, dataset.image_root, name, require_annotations,
+        cfg.DATALOADER.DOMAIN_FIELD,
+    )  # fmt: skip
     if len(class_names) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
         raise ConfigError(
             f"MODEL.ROI_HEADS.NUM_CLASSES = {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, and dataset {name} "
@@ -95,12 +96,19 @@ def _check_masks(dataset: LoadedDataset) -> None:
 
 
 def load_coco_json(
-    json_file, image_root, dataset_name: str, require_annotations: bool = True
+    json_file,
+    image_root,
+    dataset_name: str,
+    require_annotations: bool = True,
+    domain_field: str = "domain",
 ) -> tuple[list[dict], list[str], dict[int, int]]:
     """Reads a file in COCO's instances format, and checks all of it.
 
     Boxes are clipped to their image. Annotations with nothing to learn from (box of no width or
     height, no polygon of three points) are dropped, with one warning a kind.
+
+    Args:
+        domain_field: of the file's images; where an image has it, it is its dict's "domain".
 
     Returns:
         dataset dicts by rising image id, class names by rising category id, and the map from
@@ -124,7 +132,7 @@ def load_coco_json(
             f"(it holds {_shown(have)})"
         )
     id_map, class_names = _read_categories(content["categories"], where)
-    images = _read_images(content["images"], image_root, where)
+    images = _read_images(content["images"], image_root, where, domain_field)
     if not content.get("annotations") and not require_annotations:
         logger.warning("%s holds no annotations: results can be written, not scored", where)
     _read_annotations(content.get("annotations", []), images, id_map, where)
@@ -167,7 +175,7 @@ def _read_categories(categories: list, where: str) -> tuple[dict[int, int], list
     return {key: i for i, key in enumerate(ids)}, [names[key] for key in ids]
 
 
-def _read_images(images: list, image_root, where: str) -> dict[int, dict]:
+def _read_images(images: list, image_root, where: str, domain_field: str) -> dict[int, dict]:
     """Returns image id -> dataset dict without its annotations."""
     found = {}
     for number, image in enumerate(images):
@@ -199,8 +207,8 @@ def _read_images(images: list, image_root, where: str) -> dict[int, dict]:
             "width": int(width),
             "annotations": [],
         }
-        if "domain" in image:
-            found[key]["domain"] = image["domain"]
+        if domain_field in image:
+            found[key]["domain"] = image[domain_field]
     if not found:
         raise DataError(f"{where}: its list of images is empty")
     return {key: found[key] for key in _sorted_ids(found, where)}

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from refbn_d2.data.samplers import GroupedBatchSampler, start_worker
+from refbn_d2.data.samplers import GroupedBatchSampler, domains_of, start_worker
 from refbn_d2.engines.torchvision.data.mapper import Mapper
 from refbn_d2.reference.selection import is_landscape
 from refbn_d2.utils.errors import ConfigError, DataError
@@ -32,14 +32,18 @@ def build_train_loader(
     Args:
         start_iteration: batches that were used before; the loader goes on behind them.
         seed: of the order and the augmentations; the same in all processes.
-        group_of: one hashable an image of `dataset_dicts`; a batch is of one group only. With
-            DATALOADER.ASPECT_RATIO_GROUPING it is also all portrait or all landscape.
+        group_of: one hashable an image of `dataset_dicts`; a batch is of one group only. By
+            default the images' domains with DATALOADER.BATCH_COMPOSITION "domain", else one group.
+            With DATALOADER.ASPECT_RATIO_GROUPING a batch is also all portrait or all landscape.
 
     Raises:
         ConfigError: IMS_PER_BATCH is no multiple of world_size, or a value under INPUT is not
             allowed.
-        DataError: no image is left after DATALOADER.FILTER_EMPTY_ANNOTATIONS.
+        DataError: no image is left after DATALOADER.FILTER_EMPTY_ANNOTATIONS, or with
+            BATCH_COMPOSITION "domain" an image has none; names it.
     """
+    if group_of is None and cfg.DATALOADER.BATCH_COMPOSITION == "domain":
+        group_of = domains_of(dataset_dicts, cfg.DATALOADER.DOMAIN_FIELD)
     groups = [()] * len(dataset_dicts) if group_of is None else list(group_of)
     if len(groups) != len(dataset_dicts):
         raise ValueError(f"group_of has {len(groups)} entries for {len(dataset_dicts)} images")

@@ -15,6 +15,7 @@ from refbn_d2.engines.torchvision.data import (
     build_test_loader,
     build_train_loader,
 )
+from refbn_d2.utils.errors import DataError
 
 NUMBER = 11
 
@@ -196,3 +197,33 @@ def test_test_loader_with_workers(dicts):
 def test_batch_size_of_evaluation_is_checked(dicts):
     with pytest.raises(ValueError, match="batch size of evaluation is 0"):
         build_test_loader(config(), dicts, batch_size=0)
+
+
+# ---------------------------------------------------------------- batches of one domain
+
+
+def with_domains(dicts):
+    """Domains of 4, 4 and 3 images; some of either shape."""
+    return [d | {"domain": "abc"[i % 3]} for i, d in enumerate(dicts)]
+
+
+def test_batches_of_one_domain(dicts):
+    dicts = with_domains(dicts)
+    domain = {d["image_id"]: d["domain"] for d in dicts}
+    cfg = config("DATALOADER.BATCH_COMPOSITION", "domain", "SOLVER.IMS_PER_BATCH", 2)
+    batches = [[s["image_id"] for s in b] for b in take(build_train_loader(cfg, dicts), 30)]
+    assert all(len({domain[i] for i in batch}) == 1 for batch in batches)
+    assert {domain[i] for batch in batches for i in batch} == set("abc")
+
+
+def test_iid_does_not_look_at_domains(dicts):
+    plain = take(build_train_loader(config(), dicts), 6)
+    assert_same(plain, take(build_train_loader(config(), with_domains(dicts)), 6))
+
+
+def test_an_image_without_a_domain_is_named(dicts):
+    dicts = with_domains(dicts)
+    del dicts[5]["domain"]
+    cfg = config("DATALOADER.BATCH_COMPOSITION", "domain", "DATALOADER.DOMAIN_FIELD", "camera")
+    with pytest.raises(DataError, match=r"image 105 \(.*5.png\) has 'camera' = None.*DOMAIN_FIELD"):
+        build_train_loader(cfg, dicts)

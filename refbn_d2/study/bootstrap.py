@@ -1,0 +1,81 @@
+"""The paired bootstrap over test pictures of a detection study."""
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+
+from refbn_d2.metrics.bootstrap import Matches, paired_bootstrap
+from refbn_d2.metrics.statistics import holm
+from refbn_d2.study.evaluation import clean_matches
+from refbn_d2.study.plan import Job, Plan
+from refbn_d2.study.runner import Record
+from refbn_d2.utils.errors import DataError
+
+RESAMPLES = 500
+
+
+def bootstrap(plan: Plan, n_resamples: int = RESAMPLES) -> list[dict]:
+    """Compare each norm with the baseline: AP of all objects, mean over the seeds that both have.
+
+    Returns:
+        A dict a comparison: norm, condition, metric, difference, interval, p_value, p_holm
+        (corrected for all of them), n_images, seeds.
+    """
+    study = plan.study
+    done = {
+        (job.norm, job.condition, job.seed): job
+        for job in plan.runs
+        if Record(job).status == "done"
+    }
+    tasks = list(dict.fromkeys(metric.partition("/")[0] for metric in study.evaluate.metrics))
+    found: list[dict] = []
+    for task in tasks:
+        ap = {key: _resampled(plan, job, task) for key, job in done.items()}
+        for condition in study.conditions.values():
+            for norm in condition.norms:
+                seeds = [
+                    seed
+                    for seed in study.seeds
+                    if {(norm, condition.name, seed), (study.baseline, condition.name, seed)}
+                    <= done.keys()
+                ]
+                if norm == study.baseline or not seeds:
+                    continue
+                own, base = (
+                    _mean([ap[name, condition.name, seed] for seed in seeds])
+                    for name in (norm, study.baseline)
+                )
+                try:
+                    result = paired_bootstrap(own, base, _pictures(plan), n_resamples)
+                except DataError:  # no objects
+                    continue
+                found.append(
+                    {"norm": norm, "condition": condition.name, "metric": f"{task}/AP",
+                     "seeds": len(seeds), **result._asdict()}
+                )  # fmt: skip
+    corrected = holm([one["p_value"] for one in found])
+    return [one | {"p_holm": p} for one, p in zip(found, corrected, strict=True)]
+
+
+def _pictures(plan: Plan) -> int:
+    return len(plan.sets.domains())
+
+
+def _resampled(plan: Plan, job: Job, task: str) -> Callable[[np.ndarray], float]:
+    """counts -> AP, kept: all comparisons draw the same resamples."""
+    known: dict[bytes, float] = {}
+    matches: list[Matches] = []  # read when first asked for
+
+    def ap(counts: np.ndarray) -> float:
+        key = hashlib.sha256(np.ascontiguousarray(counts, float)).digest()
+        if key not in known:
+            matches[:] = matches or [clean_matches(plan.sets, job, task)]
+            known[key] = matches[0].ap(counts)
+        return known[key]
+
+    return ap
+
+
+def _mean(functions: list[Callable[[np.ndarray], float]]) -> Callable[[np.ndarray], float]:
+    return lambda counts: float(np.mean([ap(counts) for ap in functions]))

@@ -1,0 +1,398 @@
+"""Derived data sets of a study: parts, single domains, and corrupted copies of its sets.
+
+They lie in the study's folder, are made once, and are shared by all runs. A detection set is a COCO
+json (with images of its own only where they are corrupted); a classification set is a folder of
+class folders.
+
+    label       "corruption/severity"
+"""
+
+import hashlib
+import io
+import json
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from refbn_d2.data import catalog, shapes
+from refbn_d2.data.corruptions import corrupt
+from refbn_d2.data.images import read_image
+from refbn_d2.study.spec import Study, closest
+from refbn_d2.utils.errors import ConfigError, DataError
+from refbn_d2.utils.file_io import write_text
+
+SEED = 0  # of the choice of pictures: the same for all runs of a study
+
+
+def stratified(groups: Sequence[Hashable], number: int, seed: int = SEED) -> list[int]:
+    """Choose `number` indices at random, with each group's share as among all (0: all of them)."""
+    if number <= 0 or number >= len(groups):
+        return list(range(len(groups)))
+    rng = np.random.default_rng([seed, len(groups)])
+    shuffled = sorted(rng.permutation(len(groups)).tolist(), key=lambda i: str(groups[i]))
+    places = np.linspace(0, len(groups), number, endpoint=False) + len(groups) / number / 2
+    return sorted(shuffled[int(place)] for place in places)
+
+
+def split(groups: Sequence[Hashable], data) -> tuple[list[int], list[int] | None]:
+    """Indices of the training set to train on, and, with `data.tuning`, to evaluate on."""
+    rest, held = list(range(len(groups))), None
+    if data.tuning:
+        held = stratified(groups, max(1, round(data.tuning * len(groups))))
+        rest = sorted(set(rest) - set(held))
+    chosen = stratified([groups[i] for i in rest], data.train_images)
+    return [rest[i] for i in chosen], held
+
+
+class Sets(ABC):
+    """What the runs of a study train on and are evaluated on."""
+
+    def __init__(self, study: Study, cfg, folder: Path) -> None:
+        self.study, self.cfg, self.folder = study, cfg, Path(folder) / "data"
+
+    @abstractmethod
+    def training(self, hold_out: str | None) -> list:
+        """Overrides [KEY, VALUE, ...] of a training run's config: its sets."""
+
+    @abstractmethod
+    def make(self, hold_outs: Sequence[str | None]) -> None:
+        """Write all derived sets that are missing."""
+
+    @abstractmethod
+    def digests(self) -> dict[str, str]:
+        """What the data is, to notice that it changed."""
+
+    def corrupted_labels(self) -> list[str]:
+        evaluate = self.study.evaluate
+        return [f"{name}/{s}" for name in evaluate.corruptions for s in evaluate.severities]
+
+    def _only(self, key: str) -> str:
+        names = list(self.cfg.DATASETS[key])
+        if len(names) != 1:
+            raise ConfigError(
+                f"study file {self.study.file}: DATASETS.{key} = {names} of {self.study.config}; "
+                "a study needs exactly one data set there"
+            )
+        return names[0]
+
+    def _check_domain(self, domain: str, domains: Sequence[str | None], where: object) -> None:
+        if domain not in domains:
+            known = sorted({str(d) for d in domains if d is not None})
+            raise ConfigError(
+                f"study file {self.study.file}: hold_out {domain!r} is no domain of {where}"
+                + closest(domain, known)
+            )
+
+
+class DetectionSets(Sets):
+    """COCO jsons."""
+
+    @cached_property
+    def source(self) -> dict[str, catalog.Dataset]:
+        """The sets that the config names: "train" and "test"."""
+        root, found = shapes.datasets_root(), {}
+        for part, key in (("train", "TRAIN"), ("test", "TEST")):
+            name = self._only(key)
+            if name in self.study.data.register:
+                json_file, images = self.study.data.register[name]
+                found[part] = catalog.Dataset(name, root / json_file, root / images)
+            else:
+                try:
+                    found[part] = catalog.get(name)
+                except ConfigError as error:
+                    raise ConfigError(
+                        f"study file {self.study.file}, DATASETS.{key}: {error.args[0]}"
+                    ) from None
+        return found
+
+    def _derived(self, name: str, images: Path | None = None) -> catalog.Dataset:
+        json_file = self.folder / f"{name}.json"
+        return catalog.Dataset(f"{self.study.name}_{name}", json_file, images or self.folder / name)
+
+    def train_set(self, hold_out: str | None) -> catalog.Dataset:
+        data, source = self.study.data, self.source["train"]
+        if not (data.train_images or data.tuning or hold_out):
+            return source
+        name = f"train_without_{hold_out}" if hold_out else "train"
+        return self._derived(name, source.image_root)
+
+    @cached_property
+    def test(self) -> catalog.Dataset:
+        """The set of the in-domain metrics."""
+        data = self.study.data
+        if not (data.test_images or data.tuning):
+            return self.source["test"]
+        return self._derived("test", self.source["train" if data.tuning else "test"].image_root)
+
+    @cached_property
+    def corrupted(self) -> dict[str, catalog.Dataset]:
+        """label -> set."""
+        return {label: self._derived(label.replace("/", "_")) for label in self.corrupted_labels()}
+
+    def training(self, hold_out: str | None) -> list:
+        train = self.train_set(hold_out)
+        return [
+            "DATASETS.TRAIN", (train.name,), "DATASETS.TEST", (self.test.name,),
+            "DATASETS.REGISTER", _entries(train, self.test),
+        ]  # fmt: skip
+
+    def evaluation(self) -> list:
+        """Overrides of an evaluation on all corrupted sets."""
+        sets = list(self.corrupted.values())
+        return [
+            "DATASETS.TEST", tuple(s.name for s in sets), "DATASETS.REGISTER", _entries(*sets),
+        ]  # fmt: skip
+
+    def domains(self) -> dict[int, str | None]:
+        """image id of the test set -> its domain."""
+        field = self.cfg.DATALOADER.DOMAIN_FIELD
+        return {image["id"]: image.get(field) for image in _read(self.test.json_file)["images"]}
+
+    def digests(self) -> dict[str, str]:
+        return {
+            part: hashlib.sha256(dataset.json_file.read_bytes()).hexdigest()[:16]
+            for part, dataset in self.source.items()
+        }
+
+    def make(self, hold_outs: Sequence[str | None]) -> None:
+        data, field = self.study.data, self.cfg.DATALOADER.DOMAIN_FIELD
+        content = _read(self.source["train"].json_file)
+        domains = [image.get(field) for image in content["images"]]
+        if (self.study.evaluate.domains or any(hold_outs)) and None in domains:
+            image = content["images"][domains.index(None)]
+            raise DataError(
+                f"{self.source['train'].json_file}: image {image['id']} ({image['file_name']}) has "
+                f"no {field!r}, which evaluate.domains and hold_out need; add it to every image"
+            )
+        train, held = split(domains, data)
+        for hold_out in hold_outs:
+            dataset = self.train_set(hold_out)
+            if hold_out:
+                self._check_domain(hold_out, domains, self.source["train"].json_file)
+            if dataset is not self.source["train"] and not dataset.json_file.exists():
+                kept = [
+                    content["images"][i] for i in train if domains[i] != hold_out or not hold_out
+                ]
+                _write(content, kept, dataset.json_file)
+        if self.test is not self.source["test"] and not self.test.json_file.exists():
+            whole = content if held is not None else _read(self.source["test"].json_file)
+            images = [whole["images"][i] for i in held] if held is not None else whole["images"]
+            chosen = stratified([image.get(field) for image in images], data.test_images)
+            _write(whole, [images[i] for i in chosen], self.test.json_file)
+        self._corrupt(field)
+
+    def _corrupt(self, field: str) -> None:
+        missing = {k: d for k, d in self.corrupted.items() if not d.json_file.exists()}
+        if not missing:
+            return
+        content = _read(self.test.json_file)
+        groups = [image.get(field) for image in content["images"]]
+        images = [content["images"][i] for i in stratified(groups, self.study.evaluate.images)]
+        for label, dataset in tqdm(missing.items(), "corrupting pictures", disable=None):
+            name, severity = label.split("/")
+            dataset.image_root.mkdir(parents=True, exist_ok=True)
+            renamed = []
+            for place, image in enumerate(images):
+                path = self.test.image_root / image["file_name"]
+                rgb = corrupt(read_image(str(path), "RGB", image["id"]), name, int(severity),
+                              [SEED, place])  # fmt: skip
+                renamed.append(image | {"file_name": f"{place}.png"})
+                _write_png(rgb, dataset.image_root / f"{place}.png")
+            _write(content, renamed, dataset.json_file)  # last: its presence says that all is there
+
+
+class ClassificationSets(Sets):
+    """Folders of class folders."""
+
+    def _images(self, part: str):
+        from refbn_d2.pretrain.data.datasets import ImageSet  # imports timm
+
+        datasets = self.cfg.DATASETS
+        root = (
+            shapes.datasets_root() / datasets.ROOT
+            if datasets.ROOT
+            else shapes.make_classification()
+        )
+        return ImageSet(Path(root) / getattr(datasets, part.upper()))
+
+    def training(self, hold_out: str | None) -> list:
+        data = self.study.data
+        train, test = self.cfg.DATASETS.TRAIN, self.cfg.DATASETS.TEST
+        if data.train_images or data.tuning or hold_out:
+            train = str(self._train_folder(hold_out).resolve())
+        if data.test_images or data.tuning:
+            test = str((self.folder / "test").resolve())
+        root = shapes.datasets_root() / self.cfg.DATASETS.ROOT if self.cfg.DATASETS.ROOT else None
+        return [
+            *(["DATASETS.ROOT", str(root.resolve())] if root else []),
+            "DATASETS.TRAIN", train, "DATASETS.TEST", test,
+        ]  # fmt: skip
+
+    def _train_folder(self, hold_out: str | None) -> Path:
+        return self.folder / (f"train_without_{hold_out}" if hold_out else "train")
+
+    def evaluation(self) -> dict[str, str]:
+        """label -> folder of corrupted pictures, "clean" the same as they were, "domains" all."""
+        labels = self.corrupted_labels()
+        if labels:
+            labels.insert(0, "clean")
+        folders = {label: str((self.folder / _file(label)).resolve()) for label in labels}
+        if self.study.evaluate.domains:
+            folders["domains"] = str(self._test_path().resolve())
+        return folders
+
+    def short(self, steps: int, batch: int) -> list:
+        """Overrides of a training of about `steps` steps; writes its sets."""
+        images, folders = self._images("train"), []
+        for name, number in (("short", steps * batch), ("short_test", 8 * images.num_classes)):
+            folder = self.folder / f"{name}_{number}"
+            _copy(images, stratified(images.labels, number), folder)
+            folders.append(str(folder.resolve()))
+        return [
+            "DATASETS.TRAIN", folders[0], "DATASETS.TEST", folders[1], "SOLVER.EPOCHS", 1,
+            "SOLVER.WARMUP_EPOCHS", 0.0, "TEST.VAL_INTERVAL", 0,
+        ]  # fmt: skip
+
+    def _test_path(self) -> Path:
+        """Where the pictures of the in-domain metrics are."""
+        data = self.study.data
+        if data.test_images or data.tuning:
+            return self.folder / "test"
+        return self._images("test").path
+
+    def test_images(self):
+        """The pictures of the in-domain metrics."""
+        from refbn_d2.pretrain.data.datasets import ImageSet
+
+        return ImageSet(self._test_path())
+
+    def _domains(self, images) -> list[str]:
+        """The domain of each picture, by its name."""
+        found: list = [shapes.domain_of(name) for name in images.reader.filenames()]
+        if None in found:
+            raise DataError(
+                f"{images.path}: the name of {images.reader.filename(found.index(None))} tells no "
+                f"domain; evaluate.domains and hold_out need names as *_{shapes.DOMAINS[0]}.png"
+            )
+        return found
+
+    def digests(self) -> dict[str, str]:
+        found = {}
+        for part in ("train", "test"):
+            images = self._images(part)
+            names = "\n".join(images.reader.filenames(absolute=False))
+            found[part] = hashlib.sha256(names.encode()).hexdigest()[:16]
+        return found
+
+    def make(self, hold_outs: Sequence[str | None]) -> None:
+        data, evaluate = self.study.data, self.study.evaluate
+        train_images = self._images("train")
+        train, held = split(train_images.labels, data)
+        for hold_out in hold_outs:
+            keep = train
+            if hold_out:
+                domains = self._domains(train_images)
+                self._check_domain(hold_out, domains, train_images.path)
+                keep = [i for i in train if domains[i] != hold_out]
+            if data.train_images or data.tuning or hold_out:
+                _copy(train_images, keep, self._train_folder(hold_out))
+        test_images = train_images if held is not None else self._images("test")
+        test = held if held is not None else list(range(len(test_images)))
+        chosen = stratified([test_images.labels[i] for i in test], data.test_images)
+        test = [test[i] for i in chosen]
+        if data.test_images or data.tuning:
+            _copy(test_images, test, self.folder / "test")
+        if evaluate.domains:
+            self._domains(test_images)
+        if evaluate.corruptions and 0 < evaluate.images < test_images.num_classes:
+            raise ConfigError(
+                f"study file {self.study.file}, evaluate.corruptions.images: is {evaluate.images}; "
+                f"allowed: 0, or as many as there are classes, {test_images.num_classes}, or more"
+            )
+        few = [test[i] for i in stratified([test_images.labels[i] for i in test], evaluate.images)]
+        if evaluate.corruptions:
+            _copy(test_images, few, self.folder / _file("clean"))
+        for label in tqdm(self.corrupted_labels(), "corrupting pictures", disable=None):
+            _copy(test_images, few, self.folder / _file(label), label)
+
+
+def sets_of(study: Study, cfg, folder: Path) -> DetectionSets | ClassificationSets:
+    """The sets of a study; `cfg` is its base config."""
+    kind = DetectionSets if study.task == "detection" else ClassificationSets
+    return kind(study, cfg, folder)
+
+
+def _entries(*datasets: catalog.Dataset) -> tuple:
+    """DATASETS.REGISTER of those that the catalog does not know by itself."""
+    return tuple(
+        {
+            d.name: (d.name, str(d.json_file.resolve()), str(d.image_root.resolve()))
+            for d in datasets
+            if d.name not in catalog.names()
+        }.values()
+    )
+
+
+def _file(label: str) -> str:
+    return label.replace("/", "_")
+
+
+def _read(json_file: Path) -> dict:
+    try:
+        content = json.loads(json_file.read_text())
+        images = content["images"]
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{json_file} does not exist; data is looked for in the folder that the environment "
+            "variable DETECTRON2_DATASETS names (./datasets without it)"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{json_file} is not in COCO's format: {error!r}") from error
+    if not images:
+        raise DataError(f"{json_file} has no pictures: its list of images is empty")
+    return content
+
+
+def _write(content: dict, images: list[dict], path: Path) -> None:
+    """`content` with these images, and their annotations only."""
+    ids = {image["id"] for image in images}
+    kept = [a for a in content.get("annotations", []) if a["image_id"] in ids]
+    write_text(path, json.dumps(content | {"images": images, "annotations": kept}))
+
+
+def _write_png(rgb: np.ndarray, path: Path) -> None:
+    Image.fromarray(rgb).save(path, compress_level=1)
+
+
+def _copy(images, indices: Sequence[int], folder: Path, label: str = "") -> None:
+    """Some images as a folder of class folders, corrupted as `label` says; whole or not at all."""
+    if folder.exists():
+        return
+    if not len(indices):
+        raise DataError(f"{images.path}: there is no picture for {folder.name}")
+    classes = {label: name for name, label in images.class_to_idx.items()}
+    change = _corruption(label) if label else None
+    partial = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    for name in classes.values():
+        (partial / name).mkdir(parents=True)
+    for place, index in enumerate(indices):
+        name = Path(images.reader.filename(index)).name
+        target = partial / classes[images.labels[index]] / f"{index}_{name}"
+        if change is None:
+            target.write_bytes(images.read(index))
+        else:
+            rgb = np.asarray(Image.open(io.BytesIO(images.read(index))).convert("RGB"))
+            _write_png(change(rgb, place), target.with_suffix(".png"))
+    partial.rename(folder)
+
+
+def _corruption(label: str) -> Callable[[np.ndarray, int], np.ndarray]:
+    name, severity = label.split("/")
+    return lambda rgb, place: corrupt(rgb, name, int(severity), [SEED, place])

@@ -1,0 +1,35 @@
+"""What a result depends on beside its config: the code that computes numbers."""
+
+import ast
+import hashlib
+from functools import cache
+from pathlib import Path
+
+# What changes no number of a run: these folders, and of this one all but these files.
+_NO_NUMBERS = ("visualization", "export")
+_NUMBERS_HERE = ("classification.py", "data.py", "evaluation.py")
+
+
+@cache
+def code_hash() -> str:
+    """Return a hash of the package's code without its comments, docstrings and formatting."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        place = path.relative_to(root)
+        counts = place.name in _NUMBERS_HERE if place.parts[0] == "study" else True
+        if counts and place.parts[0] not in _NO_NUMBERS:
+            digest.update(f"{place.as_posix()}\n{normalized(path.read_text())}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def normalized(source: str) -> str:
+    """Return the syntax tree of `source` without docstrings: equal for code that does the same."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                if isinstance(first.value.value, str):
+                    del node.body[0]
+    return ast.dump(tree)

@@ -1,0 +1,199 @@
+"""Run a study: train what is missing, evaluate it, and write its tables."""
+
+import argparse
+import json
+import math
+import platform
+import shlex
+import signal
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+
+from refbn_d2.study.bootstrap import bootstrap
+from refbn_d2.study.data import DetectionSets
+from refbn_d2.study.evaluation import evaluate_run
+from refbn_d2.study.fingerprint import code_hash
+from refbn_d2.study.plan import Plan, parse_only, plain
+from refbn_d2.study.report import About, drawn, html, markdown
+from refbn_d2.study.results import Row, write_csv
+from refbn_d2.study.runner import Record, Runner, locked
+from refbn_d2.study.spec import Study, load_study
+from refbn_d2.study.tables import table_of
+from refbn_d2.study.timing import measure_timing
+from refbn_d2.utils.errors import ConfigError
+from refbn_d2.utils.file_io import write_text
+from refbn_d2.visualization.curves import compare_curves
+from refbn_d2.visualization.intervals import plot_intervals
+
+NAN = float("nan")
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Do what `tools/measure_generalization.py` does; see its `--help` for `args`.
+
+    Raises:
+        RefBNError, OSError: a study, its data or what is in its folder cannot be used.
+        ChildProcessError: runs failed; all others were done.
+        SystemExit: stopped by SIGINT or SIGTERM.
+    """
+    if args.jobs < 0:
+        raise ConfigError(f"--jobs {args.jobs}; allowed: 1 or more, or 0 for one a GPU")
+    study = load_study(args.study)
+    only = parse_only(args.only, study)
+    folder = Path(args.output_dir or f"output/studies/{study.name}")
+    plan = Plan(study, folder, engine_of(args.engine or study.engine))
+    jobs = plan.jobs(only)
+    if not jobs:
+        raise ConfigError(f"--only {args.only!r}: the study has no such run")
+    if args.dry_run:
+        for job in jobs:
+            for stage in job.stages:
+                print(stage.shown())
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    with locked(folder):
+        check_study(study, folder)
+        runner = Runner(jobs, args.jobs)
+        plan.make_data(jobs)
+        runner.run()
+        failed = [r for r in runner.records.values() if r.status == "failed"]
+        costs = {} if args.only else measure_timing(plan, runner.gpus)
+        write_results(plan, folder, costs)
+    if failed:
+        raise ChildProcessError(
+            f"{len(failed)} of {len(jobs)} jobs failed, and the others are done: "
+            + "; ".join(f"{r.job.folder}: {r.content['error']}" for r in failed[:5])
+        )
+
+
+def engine_of(name: str) -> str:
+    """The engine that "auto" stands for here."""
+    if name != "auto":
+        return name
+    from refbn_d2.engines.select import select_engine
+
+    return select_engine("auto").__name__.rpartition(".")[2]
+
+
+def check_study(study: Study, folder: Path) -> None:
+    """Return if the folder holds this study, or none yet.
+
+    Raises:
+        ConfigError: it holds another one.
+    """
+    path = folder / "study.json"
+    before = json.loads(path.read_text())["study"] if path.exists() else study.name
+    if before != study.name:
+        raise ConfigError(
+            f"{folder} holds the study {before!r}, not {study.name!r}; name another --output-dir"
+        )
+    path.write_text(json.dumps({"study": study.name}))
+
+
+def _command(study: Study, *more: str) -> list[str]:
+    return ["python", "tools/measure_generalization.py", "--study", str(study.file), *more]
+
+
+def rows_of(plan: Plan) -> Iterable[Row]:
+    """The rows of all runs of the study; of those that are not done, one without a value.
+
+    Raises:
+        ConfigError: a run in the folder is of another version of the study or of the code.
+    """
+    study = plan.study
+    for job in plan.runs:
+        record = Record(job)
+        record.check()
+        only = f"norm={job.norm},seed={job.seed},condition={job.condition}"
+        common = (study.name, job.norm, job.seed, job.condition)
+        command = shlex.join(_command(study, "--only", only))
+        if record.status != "done":
+            for metric in study.evaluate.metrics:
+                yield Row(*common, metric, NAN, 0, record.status, command)
+            continue
+        evaluate = plain(vars(study.evaluate))
+        if record.content.get("evaluate") != evaluate:  # measured by another study file, or not yet
+            measured = evaluate_run(study, plan.sets, job)
+            record.write(evaluate=evaluate, measured={k: list(m) for k, m in measured.items()})
+        for metric, (value, n, status) in record.content["measured"].items():
+            yield Row(*common, metric, value, n, status, command)
+
+
+def write_results(plan: Plan, folder: Path, costs: Mapping[str, Mapping]) -> None:
+    """Write results.csv, results.json, results.md and report.html."""
+    study = plan.study
+    rows = [*rows_of(plan), *_cost_rows(study, costs)]
+    resampled = bootstrap(plan) if isinstance(plan.sets, DetectionSets) else []
+    about = About(
+        study.name, study.title, study.baseline, study.text, shlex.join(_command(study)),
+        {n.name: n.text for n in study.norms.values() if n.text},
+        {c.name: c.text for c in study.conditions.values() if c.text},
+    )  # fmt: skip
+    write_csv(rows, folder / "results.csv")
+    write_text(folder / "results.yaml", yaml.safe_dump(vars(about), sort_keys=False, width=100))
+    content = {
+        "study": study.name, "code": code_hash(), "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+        "rows": [asdict(row) for row in rows], "bootstrap": resampled,
+    }  # fmt: skip
+    write_text(folder / "results.json", json.dumps(_without_nan(content), indent=1))
+    write_text(folder / "results.md", markdown(rows, about, level=1))
+    write_text(folder / "report.html", html(rows, about, _pictures(plan, rows), resampled))
+    _say(f"{len(rows)} rows: {folder / 'results.csv'}; the report: {folder / 'report.html'}")
+
+
+def _cost_rows(study: Study, costs: Mapping[str, Mapping]) -> Iterable[Row]:
+    command = shlex.join(_command(study))
+    for condition, norms in costs.items():
+        for norm, values in norms.items():
+            for metric, value in values.items():
+                yield Row(
+                    study.name, norm, None, condition, metric, value, study.timing.rounds, "done",
+                    command,
+                )  # fmt: skip
+
+
+def _pictures(plan: Plan, rows: Sequence[Row]) -> dict[str, str]:
+    """title -> data URL: the means of each metric, and the losses of one seed a condition."""
+    pictures = {}
+    for metric in plan.study.evaluate.metrics:
+        table = table_of(rows, metric, plan.study.baseline)
+        groups: dict[str, dict] = {}
+        for (norm, condition), cell in table.cells.items():
+            if cell.estimate:
+                groups.setdefault(condition, {})[norm] = cell.estimate[:2]
+        if groups:
+            title = f"{metric}: means over the seeds, and their 95 % intervals"
+            pictures[title] = drawn(partial(plot_intervals, groups, metric))
+    for condition in plan.study.conditions:
+        for seed in plan.study.seeds:
+            files = {
+                job.norm: job.folder / "metrics.json"
+                for job in plan.runs
+                if (job.condition, job.seed) == (condition, seed) and Record(job).status == "done"
+            }
+            if files:
+                title = f"Training loss, {condition}, seed {seed}"
+                metrics = {"total_loss": "Training loss"}
+                pictures[title] = drawn(partial(compare_curves, files, metrics))
+                break
+    return pictures
+
+
+def _without_nan(value):
+    """JSON has no nan: None."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,299 @@
+"""From a study to its runs: their folders, commands, and what their results depend on.
+
+recipe      all that a run's numbers depend on, as a flat dict; results of another recipe are
+            refused
+"""
+
+import hashlib
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from refbn_d2.config import get_cfg, refbn_options
+from refbn_d2.config.cfg_node import leaves
+from refbn_d2.config.pretrain import check_pretrain_config, get_pretrain_cfg
+from refbn_d2.study.data import DetectionSets, Sets, sets_of
+from refbn_d2.study.fingerprint import code_hash
+from refbn_d2.study.spec import Condition, Norm, Overrides, Study, closest
+from refbn_d2.utils.errors import ConfigError
+
+# Keys of a config that change no number, or are part of the recipe by other names.
+_NOT_IN_RECIPE = ("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DEVICE", "DATASETS.REGISTER")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process of a job: `python -m <module> <arguments>`."""
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    resumable: bool = False  # takes --resume where its output folder holds a checkpoint
+    output_dir: Path | None = None
+
+    def command(self, resume: bool = False) -> list[str]:
+        more = ["--resume"] if resume else []
+        return [sys.executable, "-m", self.module, *more, *self.arguments]
+
+    def shown(self) -> str:
+        return shlex.join(["python", "-m", self.module, *self.arguments])
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is done in one folder: a pretraining, or a run with its evaluation."""
+
+    id: str
+    folder: Path
+    stages: tuple[Stage, ...]
+    recipe: Mapping[str, Any]
+    needs: str = ""  # id of the pretraining that goes before
+    norm: str = ""
+    condition: str = ""
+    seed: int = -1
+    tags: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        return self.id.partition("/")[0]
+
+
+@dataclass(frozen=True)
+class Only:
+    """Which runs of a study are wanted; an empty set stands for all."""
+
+    norm: frozenset[str] = frozenset()
+    condition: frozenset[str] = frozenset()
+    seed: frozenset[str] = frozenset()
+
+    def __contains__(self, run: tuple[str, str, int]) -> bool:
+        norm, condition, seed = run
+        return (
+            (not self.norm or norm in self.norm)
+            and (not self.condition or condition in self.condition)
+            and (not self.seed or str(seed) in self.seed)
+        )
+
+
+def parse_only(text: str, study: Study) -> Only:
+    """Read `norm=BN,seed=1,condition=2 iid`; a key given twice takes both.
+
+    Raises:
+        ConfigError: a key or a value that the study does not have.
+    """
+    known = {
+        "norm": list(study.norms),
+        "condition": list(study.conditions),
+        "seed": list(map(str, study.seeds)),
+    }
+    chosen: dict[str, set[str]] = {key: set() for key in known}
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or key.strip() not in known:
+            raise ConfigError(f"--only {text!r}: {part!r} is no norm=, seed= or condition=")
+        key, value = key.strip(), value.strip()
+        if value not in known[key]:
+            raise ConfigError(
+                f"--only {text!r}: {study.file} has no {key} {value!r}{closest(value, known[key])}"
+            )
+        chosen[key].add(value)
+    return Only(**{key: frozenset(values) for key, values in chosen.items()})
+
+
+def runs_of(study: Study) -> list[tuple[Norm, Condition, int]]:
+    """Norms x seeds x conditions. Seed by seed, so that an unfinished study compares all norms."""
+    return [
+        (study.norms[norm], condition, seed)
+        for seed in study.seeds
+        for condition in study.conditions.values()
+        for norm in condition.norms
+    ]
+
+
+class Plan:
+    """The jobs of a study in a folder. Its configs are all built once, so that errors show now.
+
+    Raises:
+        ConfigError: a config that cannot be used; names norm and condition.
+    """
+
+    def __init__(self, study: Study, folder: Path, engine: str) -> None:
+        self.study, self.folder, self.engine = study, Path(folder), engine
+        self.cfg = self._resolved(study.overrides, "")
+        self.sets: Sets = sets_of(study, self.cfg, self.folder)
+        self.digests = self.sets.digests()
+        self.runs = [self._run(*run) for run in runs_of(study)]
+        pretrainings = {job.id: job for job in map(self._pretraining, study.norms.values()) if job}
+        needed = {run.needs for run in self.runs}
+        self.pretrainings = [job for name, job in pretrainings.items() if name in needed]
+        folders = [job.folder for job in self.jobs()]
+        if len(set(folders)) < len(folders):
+            raise ConfigError(
+                f"study file {study.file}: two norms or conditions differ in signs only"
+            )
+
+    def jobs(self, only: Only | None = None) -> list[Job]:
+        """Pretrainings first, and only those that are needed."""
+        only = only or Only()
+        runs = [run for run in self.runs if (run.norm, run.condition, run.seed) in only]
+        needed = {run.needs for run in runs}
+        return [job for job in self.pretrainings if job.id in needed] + runs
+
+    def make_data(self, jobs: Iterable[Job]) -> None:
+        hold_outs = {self.study.conditions[job.condition].hold_out for job in jobs if job.condition}
+        self.sets.make(sorted(hold_outs, key=str))
+
+    # ---- parts
+
+    def _run(self, norm: Norm, condition: Condition, seed: int) -> Job:
+        study = self.study
+        overrides = study.overrides | condition.overrides | norm.overrides
+        cfg = self._resolved(overrides, f", norm {norm.name!r}, condition {condition.name!r}")
+        folder = self.folder / "runs" / slug(condition.name) / slug(norm.name) / f"seed{seed}"
+        pretraining = self._pretraining(norm) if condition.pretrained else None
+        weights = pretraining.folder / "backbone.pkl" if pretraining else None
+        opts = [
+            *flat(overrides), "SEED", seed, *self.sets.training(condition.hold_out),
+            *(["MODEL.WEIGHTS", str(weights.resolve())] if weights else []),
+        ]  # fmt: skip
+        recipe = {
+            **self._recipe(cfg), "SEED": seed, "engine": self.engine,
+            "hold_out": condition.hold_out, "data": self.digests,
+            "register": study.data.register, "train_images": study.data.train_images,
+            "test_images": study.data.test_images, "tuning": study.data.tuning,
+            "evaluate": self._predicted_on(), "code": code_hash(),
+            "pretraining": pretraining and pretraining.id,
+            "pretraining.recipe": pretraining and digest(pretraining.recipe),
+        }  # fmt: skip
+        stages = [self._training(folder, study.config, opts), *self._evaluation(folder, opts)]
+        return Job(
+            f"run/{norm.name}/{condition.name}/{seed}", folder, tuple(stages), plain(recipe),
+            pretraining.id if pretraining else "", norm.name, condition.name, seed,
+            {"max_dets": cfg.TEST.DETECTIONS_PER_IMAGE} if study.task == "detection" else {},
+        )  # fmt: skip
+
+    def _predicted_on(self) -> dict[str, Any]:
+        """What of `evaluate` a run's processes do. The rest is computed from what they left."""
+        evaluate = self.study.evaluate
+        return {
+            "corruptions": evaluate.corruptions, "severities": evaluate.severities,
+            "images": evaluate.images,
+            "domains": evaluate.domains and self.study.task == "classification",
+        }  # fmt: skip
+
+    def _training(self, folder: Path, config: Path, opts: Sequence, name: str = "train") -> Stage:
+        arguments = ["--config-file", str(config), *words([*opts, "OUTPUT_DIR", str(folder)])]
+        if self.study.task == "classification" or name == "pretrain":
+            return Stage(name, "refbn_d2.pretrain", tuple(arguments), True, folder)
+        engine = ("--engine", self.engine)
+        return Stage(name, "refbn_d2.engines", (*engine, *arguments), True, folder)
+
+    def _evaluation(self, folder: Path, opts: Sequence) -> list[Stage]:
+        """The processes that predict on everything but the whole test set, if any."""
+        study, final = self.study, str(folder / "model_final.pth")
+        config = ("--config-file", str(study.config))
+        if isinstance(self.sets, DetectionSets):
+            if not self.sets.corrupted:
+                return []
+            more = ["MODEL.WEIGHTS", final, "OUTPUT_DIR", str(folder / "corrupted")]
+            arguments = words([*opts, *self.sets.evaluation(), *more])
+            first = ("--engine", self.engine, "--eval-only", *config)
+            return [Stage("evaluate", "refbn_d2.engines", (*first, *arguments))]
+        if not (study.evaluate.corruptions or study.evaluate.domains):
+            return []
+        more = ["MODEL.WEIGHTS", final, "OUTPUT_DIR", str(folder / "others")]
+        sets = ("--sets", json.dumps(self.sets.evaluation()))
+        arguments = (*config, *sets, *words([*opts, *more]))
+        return [Stage("evaluate", "refbn_d2.study.classification", arguments)]
+
+    def _pretraining(self, norm: Norm) -> Job | None:
+        section = self.study.pretrain
+        if section is None:
+            return None
+        overrides = section.overrides | norm.pretrain
+        cfg = self._pretrain_cfg(section.config, overrides, f", pretrain of norm {norm.name!r}")
+        recipe = plain({**self._recipe(cfg), "code": code_hash()})
+        name = f"{slug(cfg.MODEL.NORM)}-{digest(recipe)[:6]}"
+        folder = self.folder / "pretrain" / name
+        stage = self._training(folder, section.config, flat(overrides), "pretrain")
+        return Job(f"pretrain/{name}", folder, (stage,), recipe)
+
+    def _recipe(self, cfg) -> dict[str, Any]:
+        return {k: v for k, v in leaves(cfg) if not k.startswith(_NOT_IN_RECIPE)}
+
+    def _resolved(self, overrides: Overrides, where: str):
+        study = self.study
+        if study.task == "classification":
+            return self._pretrain_cfg(study.config, overrides, where)
+        with _named(f"study file {study.file}{where}"):
+            cfg = get_cfg()
+            cfg.merge_from_file(str(study.config))
+            cfg.merge_from_list(flat(overrides))
+            self._check_norms(overrides)
+            if self.engine == "torchvision":
+                from refbn_d2.engines.torchvision.supported import check_supported
+
+                check_supported(cfg)
+            refbn_options(cfg)
+        return cfg
+
+    def _pretrain_cfg(self, config: Path, overrides: Overrides, where: str):
+        with _named(f"study file {self.study.file}{where}"):
+            cfg = get_pretrain_cfg()
+            cfg.merge_from_file(str(config))
+            cfg.merge_from_list(flat(overrides))
+            self._check_norms(overrides)
+            check_pretrain_config(cfg)
+            refbn_options(cfg)
+        return cfg
+
+    def _check_norms(self, overrides: Overrides) -> None:
+        from refbn_d2.engines.torchvision.supported import NORMS
+
+        known = NORMS + (("LN", "nnSyncBN", "naiveSyncBN") if self.engine == "detectron2" else ())
+        for key, value in overrides.items():
+            if key.endswith(".NORM") and value not in known:
+                raise ConfigError(f"{key} = {value!r} is no known norm{closest(value, known)}")
+
+
+class _named:
+    """Puts the place in front of a config's error."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, ValueError | KeyError):
+            raise ConfigError(f"{self.where}: {error}") from error
+
+
+def flat(overrides: Mapping[str, Any]) -> list:
+    """Return [KEY, VALUE, KEY, VALUE, ...]."""
+    return [item for pair in overrides.items() for item in pair]
+
+
+def words(opts: Sequence) -> list[str]:
+    """Return overrides as words of a command line."""
+    return [item if isinstance(item, str) else repr(item) for item in opts]
+
+
+def slug(name: str) -> str:
+    """Return the name with only letters, digits, dots and dashes, for a folder."""
+    return re.sub(r"[^\w.]+", "-", name).strip("-") or "-"
+
+
+def plain(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe as it comes back from a JSON file."""
+    return json.loads(json.dumps(recipe, sort_keys=True))
+
+
+def digest(recipe: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain(recipe), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,240 @@
+"""The report of a study, and docs/results.md from committed results.
+
+    python -m refbn_d2.study.report docs/results/*.csv --output docs/results.md
+
+Beside each CSV may lie a YAML file of the same name, with its title, text, baseline and
+commands: what a study writes as `results.yaml` beside its `results.csv`.
+"""
+
+import argparse
+import base64
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from refbn_d2.study.results import Row, read_csv
+from refbn_d2.study.tables import (
+    Table,
+    metrics_of,
+    number,
+    shown,
+    shown_difference,
+    table_of,
+    warning,
+)
+from refbn_d2.utils.arguments import run_or_exit
+from refbn_d2.utils.errors import DataError
+from refbn_d2.utils.file_io import write_text
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+MEANING = {
+    "bbox/AP": "average precision of boxes (%)",
+    "segm/AP": "average precision of masks (%)",
+    "bbox/mPC": "box AP, mean over the corruptions and severities (%)",
+    "segm/mPC": "mask AP, mean over the corruptions and severities (%)",
+    "bbox/rPC": "box AP that is left under corruption, of the clean AP (%)",
+    "segm/rPC": "mask AP that is left under corruption, of the clean AP (%)",
+    "error": "top-1 error (%)",
+    "loss": "cross entropy on the test set",
+    "accuracy/mPC": "top-1 accuracy, mean over the corruptions and severities (%)",
+    "accuracy/rPC": "top-1 accuracy that is left under corruption, of the clean accuracy (%)",
+}
+
+
+@dataclass(frozen=True)
+class About:
+    """What a table of numbers does not say."""
+
+    study: str
+    title: str
+    baseline: str
+    text: str = ""
+    command: str = ""
+    norms: Mapping[str, str] = field(default_factory=dict)  # name -> what it is
+    conditions: Mapping[str, str] = field(default_factory=dict)
+
+
+def meaning(metric: str) -> str:
+    """Return what a metric is, in words."""
+    if metric in MEANING:
+        return MEANING[metric]
+    for mark, words in (("@", "on the domain"), ("~", "under the corruption/severity")):
+        base, found, rest = metric.partition(mark)
+        if found:
+            return f"{MEANING.get(base, base)}, {words} {rest}"
+    if metric.startswith("steps to "):
+        *curve, target = metric.removeprefix("steps to ").split()
+        return f"steps until {' '.join(curve)} first is at {target}"
+    return metric
+
+
+def all_tables(rows: Sequence[Row], baseline: str) -> list[Table]:
+    return [table_of(rows, metric, baseline) for metric in metrics_of(rows)]
+
+
+# ---- Markdown
+
+
+def markdown(rows: Sequence[Row], about: About, level: int = 2) -> str:
+    """Return a study's section of docs/results.md."""
+    sharp = "#" * level
+    parts = [f"{sharp} {about.title}", about.text.strip()]
+    if about.command:
+        parts.append(f"All of it: `{about.command}`. Each row of the CSV has its own command.")
+    for table in all_tables(rows, about.baseline):
+        if "~" not in table.metric:  # single corruptions are in the CSV
+            parts += [f"{sharp}# {table.metric}: {meaning(table.metric)}", *_tables(table)]
+    parts += _costs(rows, sharp)
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _tables(table: Table) -> list[str]:
+    head = ["norm", *table.conditions]
+    means = [
+        [norm, *(shown(table.cells.get((norm, c)), table.metric) for c in table.conditions)]
+        for norm in table.norms
+    ]
+    parts = [warning(table), grid(head, means)]
+    differences = [
+        [norm, *(shown_difference(table.cells.get((norm, c))) for c in table.conditions)]
+        for norm in table.norms
+        if norm != table.baseline
+    ]
+    if any(cell for row in differences for cell in row[1:]):
+        parts += [
+            f"Difference to {table.baseline}, paired by seed ({table.comparisons} comparisons with "
+            "a test):",
+            grid(head, differences),
+        ]
+    return parts
+
+
+def _costs(rows: Sequence[Row], sharp: str) -> list[str]:
+    costs = [row for row in rows if row.seed is None]
+    parts = []
+    for condition in dict.fromkeys(row.condition for row in costs):
+        own = [row for row in costs if row.condition == condition]
+        metrics = list(dict.fromkeys(row.metric for row in own))
+        values = {(row.norm, row.metric): row for row in own}
+        lines = [
+            [norm, *(number(values[norm, m].value) if (norm, m) in values else "" for m in metrics)]
+            for norm in dict.fromkeys(row.norm for row in own)
+        ]
+        parts += [
+            f"{sharp}# Cost under {condition} (median of {own[0].n} rounds, norms in turns)",
+            grid(["norm", *metrics], lines),
+        ]
+    return parts
+
+
+def grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)
+
+
+HEADER = """# Results
+
+<!-- Made by `python -m refbn_d2.study.report docs/results/*.csv --output docs/results.md`. -->
+
+Every number is made by a command that stands beside it in `docs/results/*.csv`.
+[Measuring](measuring.md) explains the metrics. "± x" is half a 95 % t interval of the mean over n
+seeds. A difference is the mean of the differences of runs with the same seed, with its 95 %
+interval; p is of the paired t test, and "Holm" is p corrected for all comparisons of its table.
+"""
+
+
+def results_page(files: Sequence[Path]) -> str:
+    """Return docs/results.md."""
+    parts = [HEADER]
+    for file in files:
+        rows = read_csv(file)
+        parts.append(markdown(rows, about_of(file, rows)))
+    if not files:
+        parts.append("No study's results are here yet.\n")
+    return "\n".join(parts)
+
+
+def about_of(csv: Path, rows: Sequence[Row]) -> About:
+    """What the YAML file beside a CSV says; without one, what the rows tell.
+
+    Raises:
+        DataError: the CSV has no rows, or is of several studies, or the YAML has unknown keys.
+    """
+    studies = sorted({row.study for row in rows})
+    if len(studies) != 1:
+        raise DataError(f"{csv} has rows of {len(studies)} studies {studies}; it needs exactly one")
+    file = csv.with_suffix(".yaml")
+    content = {"study": studies[0], "title": studies[0], "baseline": rows[0].norm}
+    if file.exists():
+        content |= yaml.safe_load(file.read_text())
+    try:
+        return About(**content)
+    except TypeError as error:
+        raise DataError(f"{file}: {error}") from error
+
+
+# ---- HTML
+
+
+def html(
+    rows: Sequence[Row], about: About, pictures: Mapping[str, str], bootstrap: Sequence[Mapping]
+) -> str:
+    """Return report.html: one file with its pictures in it.
+
+    Args:
+        pictures: title -> data URL.
+        bootstrap: of `study.bootstrap`.
+    """
+    tables = all_tables(rows, about.baseline)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(TEMPLATE.read_text()).render(
+        about=about, rows=rows, pictures=pictures, bootstrap=bootstrap,
+        main=[t for t in tables if "~" not in t.metric and "@" not in t.metric],
+        domains=[t for t in tables if "@" in t.metric],
+        corruptions=[t for t in tables if "~" in t.metric],
+        costs=[row for row in rows if row.seed is None],
+        runs=len({(r.norm, r.condition, r.seed) for r in rows if r.seed is not None}),
+        lost=_lost(rows), meaning=meaning, shown=shown, shown_difference=shown_difference,
+        number=number, warning=warning,
+    )  # fmt: skip
+
+
+def _lost(rows: Sequence[Row]) -> list[Row]:
+    """One row of each run without a value."""
+    lost = [r for r in rows if r.status in ("diverged", "failed", "not run")]
+    return list({(r.norm, r.condition, r.seed): r for r in lost}.values())
+
+
+def data_url(png: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"
+
+
+def drawn(draw: Any, *arguments) -> str:
+    """The data URL of what `draw(*arguments, path)` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "picture.png"
+        draw(*arguments, path)
+        return data_url(path)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("csv", nargs="*", type=Path, help="results of studies")
+    p.add_argument("--output", type=Path, required=True, help="as docs/results.md")
+    run_or_exit(
+        lambda args: write_text(args.output, results_page(sorted(args.csv))), p.parse_args()
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Rows of results as tables: means over seeds, and differences to the baseline paired by seed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from refbn_d2.metrics.statistics import (
+    Difference,
+    Estimate,
+    holm,
+    mean_interval,
+    paired_difference,
+)
+from refbn_d2.study.results import Row
+
+FEW = 3  # with fewer seeds a table shows directions, not results
+_WORSE_WHEN_HIGHER = ("error", "loss", "steps", "seconds", "memory", "time")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One norm under one condition by one metric."""
+
+    norm: str
+    condition: str
+    values: dict[int, float]  # seed -> value, of the runs that have one
+    others: dict[str, int]  # status -> number of runs without a value
+    estimate: Estimate | None  # None without any value
+    difference: Difference | None  # to the baseline; None for it, and where no seed is in both
+    p_holm: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """One metric: a row a norm, a column a condition.
+
+    The p-values are corrected for the number of comparisons in this table (Holm).
+    """
+
+    metric: str
+    baseline: str
+    norms: list[str]
+    conditions: list[str]
+    cells: dict[tuple[str, str], Cell]  # (norm, condition)
+    comparisons: int  # with a p-value
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.metric.startswith(_WORSE_WHEN_HIGHER)
+
+    @property
+    def most_seeds(self) -> int:
+        return max((len(cell.values) for cell in self.cells.values()), default=0)
+
+    def best(self, condition: str) -> str | None:
+        """The norm with the best mean under a condition."""
+        means = {
+            norm: cell.estimate.mean
+            for (norm, where), cell in self.cells.items()
+            if where == condition and cell.estimate
+        }
+        choose = min if self.lower_is_better else max
+        return choose(means, key=means.get) if means else None
+
+
+def table_of(rows: Sequence[Row], metric: str, baseline: str) -> Table:
+    """Return the table of one metric; `rows` are of one study."""
+    of_runs = [row for row in rows if row.seed is not None]
+    rows = _with_lost(of_runs, metric)
+    norms = list(dict.fromkeys(row.norm for row in of_runs))
+    conditions = list(dict.fromkeys(row.condition for row in rows))
+    values: dict[tuple[str, str], dict[int, float]] = {}
+    others: dict[tuple[str, str], dict[str, int]] = {}
+    for row in rows:
+        key = (row.norm, row.condition)
+        if row.status == "done":
+            values.setdefault(key, {})[row.seed] = row.value
+        else:
+            counts = others.setdefault(key, {})
+            counts[row.status] = counts.get(row.status, 0) + 1
+    cells = {}
+    for key in dict.fromkeys((row.norm, row.condition) for row in rows):
+        own, base = values.get(key, {}), values.get((baseline, key[1]), {})
+        paired = key[0] != baseline and own.keys() & base.keys()
+        cells[key] = Cell(
+            *key, own, others.get(key, {}),
+            mean_interval([own[seed] for seed in sorted(own)]) if own else None,
+            paired_difference(own, base) if paired else None,
+        )  # fmt: skip
+    compared = [key for key, cell in cells.items() if cell.difference]
+    corrected = holm([cells[key].difference.p_value for key in compared])
+    for key, p in zip(compared, corrected, strict=True):
+        cells[key] = Cell(**vars(cells[key]) | {"p_holm": p})
+    return Table(
+        metric, baseline, [n for n in norms if any(k[0] == n for k in cells)], conditions, cells,
+        sum(p is not None for p in corrected),
+    )  # fmt: skip
+
+
+def _with_lost(rows: Sequence[Row], metric: str) -> list[Row]:
+    """The rows of a metric, and one of each run that has no value of any metric."""
+    own = [row for row in rows if row.metric == metric]
+    runs = {(row.norm, row.condition, row.seed) for row in own}
+    lost = {
+        (row.norm, row.condition, row.seed): row
+        for row in rows
+        if row.status not in ("done", "not reached")
+    }
+    return own + [row for run, row in lost.items() if run not in runs]
+
+
+def metrics_of(rows: Sequence[Row]) -> list[str]:
+    """The metrics in the order of their first rows; those with most to say first."""
+    metrics = dict.fromkeys(row.metric for row in rows if row.seed is not None)
+    return sorted(metrics, key=lambda name: ("~" in name, "@" in name))
+
+
+def number(value: float, metric: str = "") -> str:
+    """Return the value as a table shows it."""
+    if metric.startswith("steps"):
+        return f"{value:.0f}"
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def shown(cell: Cell | None, metric: str = "") -> str:
+    """Return "29.9 ± 0.4 (n 3)"; what has no value is said."""
+    if cell is None:
+        return ""
+    parts = []
+    if cell.estimate:
+        mean, interval, n = cell.estimate
+        half = f" ± {number(interval[1] - mean, metric)}" if interval else ""
+        parts.append(f"{number(mean, metric)}{half} (n {n})")
+    parts += [f"{count} {status}" for status, count in cell.others.items()]
+    return ", ".join(parts)
+
+
+def shown_difference(cell: Cell | None, metric: str = "") -> str:
+    """Return "+1.20 [0.31, 2.09], p 0.02, Holm 0.04 (n 3)"."""
+    if cell is None or cell.difference is None:
+        return ""
+    mean, interval, p, _, n = cell.difference
+    text = f"{mean:+.2f}"
+    if interval:
+        text += f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+    if p is not None:
+        text += f", p {p_value(p)}, Holm {p_value(cell.p_holm)}"
+    return f"{text} (n {n})"
+
+
+def p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def warning(table: Table) -> str:
+    """Return what few seeds mean for a table; "" where there are enough."""
+    seeds = table.most_seeds
+    if seeds == 0:
+        return "No run has a value yet."
+    if seeds == 1:
+        return "One seed: there is no interval, and no test is possible."
+    if seeds < FEW:
+        return f"{seeds} seeds: the intervals are wide. These are directions, not results."
+    return ""

@@ -1,0 +1,107 @@
+"""Seconds a step and peak memory of each norm, measured apart from the training runs.
+
+The norms take turns, so that a machine whose speed drifts slows them all: a ratio is the median
+over the rounds of the ratio to the baseline within a round. A value of seconds is the median over
+the rounds, of each process's median over its last steps. Peak memory is the largest resident set of
+the process on the CPU, and what torch had allocated at most on a GPU.
+"""
+
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from refbn_d2.study.evaluation import read_curves
+from refbn_d2.study.plan import Job, Plan, Stage, digest, words
+from refbn_d2.utils.file_io import write_text
+
+SECONDS, RATIO, MEMORY = "seconds a step", "time ratio", "peak memory (MB)"
+_MAX_MEM = re.compile(r"max_mem: (\d+)M")
+
+
+def measure_timing(plan: Plan, gpus: list[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """{condition: {norm: {metric: value}}}; what was measured before is read again.
+
+    Raises:
+        ChildProcessError: a process failed; names its output.
+    """
+    timing, found = plan.study.timing, {}
+    for condition in timing.conditions if timing.rounds else ():
+        jobs = {job.norm: job for job in reversed(plan.runs) if job.condition == condition}
+        jobs = {norm: jobs[norm] for norm in plan.study.conditions[condition].norms}
+        path = plan.folder / "timing" / f"{digest({'c': condition})}.json"
+        recipe = {norm: digest(job.recipe) for norm, job in jobs.items()}
+        recipe |= {"rounds": timing.rounds, "steps": timing.steps}
+        before = json.loads(path.read_text()) if path.exists() else {}
+        if before.get("recipe") != recipe:
+            print(f"Timing {len(jobs)} norms under {condition!r}.", file=sys.stderr, flush=True)
+            before = {"recipe": recipe, "values": _measure(plan, jobs, gpus)}
+            write_text(path, json.dumps(before, indent=1))
+        found[condition] = before["values"]
+    return found
+
+
+def _measure(plan: Plan, jobs: dict[str, Job], gpus: list[str]) -> dict[str, dict[str, float]]:
+    seconds, memory = defaultdict(list), defaultdict(list)
+    for _ in range(plan.study.timing.rounds):
+        for norm, job in jobs.items():
+            time, peak = _one(plan, job, gpus)
+            seconds[norm].append(time)
+            memory[norm].append(peak)
+    base = seconds.get(plan.study.timing.baseline)
+    values = {}
+    for norm in jobs:
+        values[norm] = {
+            SECONDS: statistics.median(seconds[norm]), MEMORY: statistics.median(memory[norm])
+        }  # fmt: skip
+        if base:
+            ratios = [own / other for own, other in zip(seconds[norm], base, strict=True)]
+            values[norm][RATIO] = statistics.median(ratios)
+    return values
+
+
+def _one(plan: Plan, job: Job, gpus: list[str]) -> tuple[float, float]:
+    """Seconds a step and MB of one short training."""
+    folder = plan.folder / "timing" / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    stage = _short(plan, job, folder)
+    environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1)} | os.environ
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[0]
+    output = folder / "output.txt"
+    with open(output, "wb") as file:
+        process = subprocess.Popen(
+            stage.command(), stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # the study is stopped
+            process.terminate()
+            raise
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise ChildProcessError(
+            f"timing {job.norm} ended with exit code {process.returncode}: {output} says why. "
+            f"The command: {stage.shown()}"
+        )
+    times = read_curves(folder / "metrics.json")["time"][1]
+    allocated = _MAX_MEM.findall(output.read_text(errors="replace"))
+    peak = float(allocated[-1]) if gpus and allocated else usage.ru_maxrss / 1024
+    return float(times[-1]), peak
+
+
+def _short(plan: Plan, job: Job, folder: Path) -> Stage:
+    """The run's training, cut short, without evaluation."""
+    steps, stage = plan.study.timing.steps, job.stages[0]
+    if plan.study.task == "detection":
+        more = ["SOLVER.MAX_ITER", steps, "DATASETS.TEST", (), "TEST.EVAL_PERIOD", 0]
+    else:
+        more = plan.sets.short(steps, job.recipe["SOLVER.IMS_PER_BATCH"])
+    arguments = (*stage.arguments, *words([*more, "OUTPUT_DIR", str(folder)]))
+    return Stage("timing", stage.module, arguments)

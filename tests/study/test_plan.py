@@ -1,0 +1,125 @@
+"""The runs of a study and their commands."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from refbn_d2.config import get_cfg
+from refbn_d2.study.data import ClassificationSets, DetectionSets
+from refbn_d2.study.plan import Plan, parse_only
+from refbn_d2.study.spec import load_study
+from refbn_d2.utils.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+STUDIES = sorted((ROOT / "configs/studies").glob("*.yaml"))
+
+
+def plan_of(path, folder="out"):
+    return Plan(load_study(path), Path(folder), "torchvision")
+
+
+def merged(stage):
+    """The config that a stage's command makes."""
+    arguments = list(stage.arguments)
+    cfg = get_cfg()
+    cfg.merge_from_file(arguments[arguments.index("--config-file") + 1])
+    cfg.merge_from_list(arguments[arguments.index("--config-file") + 2 :])
+    return cfg
+
+
+def test_norms_times_seeds_times_conditions(coco, content, written):
+    content["conditions"] = {"a": {"overrides": {"SOLVER.BASE_LR": 0.5}}, "b": {"norms": ["GN"]}}
+    plan = plan_of(written(content))
+    assert [(r.norm, r.condition, r.seed) for r in plan.runs] == [
+        ("BN", "a", 1), ("GN", "a", 1), ("GN", "b", 1), ("BN", "a", 2), ("GN", "a", 2),
+        ("GN", "b", 2),
+    ]  # fmt: skip
+    cfg = merged(plan.runs[1].stages[0])
+    assert (cfg.MODEL.RESNETS.NORM, cfg.SOLVER.BASE_LR, cfg.SEED) == ("GN", 0.5, 1)
+    assert list(cfg.DATASETS.REGISTER) == [
+        ("mine", str(coco / "train.json"), str(coco / "train")),
+        ("mine_val", str(coco / "val.json"), str(coco / "val")),
+    ]
+    assert cfg.MODEL.WEIGHTS == "" and plan.pretrainings == []
+    assert len({r.folder for r in plan.runs}) == 6
+
+
+def test_only(coco, content, written):
+    plan = plan_of(written(content))
+    only = parse_only("norm=GN, seed=2,condition=two iid", plan.study)
+    assert [job.id for job in plan.jobs(only)] == ["run/GN/two iid/2"]
+    assert len(plan.jobs(parse_only("seed=1,seed=2,norm=BN", plan.study))) == 2
+    for text, message in (
+        ("norm=GM", "no norm 'GM'; did you mean 'GN'"),
+        ("seed=3", "no seed '3'"),
+        ("what=1", "'what=1' is no norm="),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_only(text, plan.study)
+
+
+def test_pretrainings_are_shared(coco, content, written):
+    content["pretrain"] = {"config": str(ROOT / "configs/pretrain/shapes_resnet18_bn.yaml")}
+    content["norms"] = {
+        "BN": {},
+        "frozen": {"overrides": {"MODEL.RESNETS.NORM": "FrozenBN"}},
+        "GN": {"pretrain": {"MODEL.NORM": "GN"}, "overrides": {"MODEL.RESNETS.NORM": "GN"}},
+    }
+    content["conditions"] = {"fine": {}, "scratch": {"pretrained": False, "norms": ["BN"]}}
+    plan = plan_of(written(content))
+    assert len(plan.pretrainings) == 2
+    by_run = {(r.norm, r.condition): r for r in plan.runs if r.seed == 1}
+    assert by_run["BN", "fine"].needs == by_run["frozen", "fine"].needs
+    assert by_run["BN", "fine"].needs != by_run["GN", "fine"].needs
+    assert by_run["BN", "scratch"].needs == ""
+    first = next(p for p in plan.pretrainings if p.id == by_run["BN", "fine"].needs)
+    weights = merged(by_run["BN", "fine"].stages[0]).MODEL.WEIGHTS
+    assert Path(weights) == (first.folder / "backbone.pkl").resolve()
+    only = plan.jobs(parse_only("norm=BN,condition=scratch", plan.study))
+    assert [job.kind for job in only] == ["run", "run"]
+
+
+def test_what_a_recipe_holds(coco, content, written):
+    before = plan_of(written(content)).runs[0].recipe
+    assert plan_of(written(content), "elsewhere").runs[0].recipe == before
+    for key, value in (
+        ("overrides", content["overrides"] | {"SOLVER.BASE_LR": 0.3}),
+        ("evaluate", {"corruptions": {"severities": [1]}}),
+        ("data", content["data"] | {"train_images": 3}),
+    ):
+        assert plan_of(written(content | {key: value})).runs[0].recipe != before
+    more = content | {
+        "evaluate": {"domains": True},
+        "seeds": [1, 2, 3],
+        "norms": content["norms"] | {"B": {}},
+    }
+    assert plan_of(written(more)).runs[0].recipe == before  # a study may grow
+    with open(coco / "val.json", "a") as file:
+        file.write(" ")
+    assert plan_of(written(content)).runs[0].recipe != before
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"MODEL.RESNETS.NORM": "RefBM"}, r"RESNETS.NORM = 'RefBM' is no known norm.*mean 'RefBN'"),
+        ({"SOLVER.BASE_RL": 1}, r"SOLVER.BASE_RL: no such key; did you mean SOLVER.BASE_LR"),
+        ({"MODEL.REFBN.REFRESH": "never"}, r"MODEL.REFBN.REFRESH = 'never'"),
+    ],
+)
+def test_a_config_that_cannot_be(coco, content, written, overrides, message):
+    content["norms"]["GN"] = {"overrides": overrides}
+    with pytest.raises(ConfigError, match=rf"norm 'GN', condition 'two iid': (?s:.*){message}"):
+        plan_of(written(content))
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda path: path.stem)
+def test_the_shipped_studies(file, monkeypatch, tmp_path):
+    monkeypatch.setattr(DetectionSets, "digests", lambda self: {})
+    monkeypatch.setattr(ClassificationSets, "digests", lambda self: {})
+    monkeypatch.setattr("refbn_d2.data.catalog.shapes.ensure_detection", lambda root: None)
+    study = load_study(file)
+    plan = Plan(study, tmp_path, "torchvision")
+    assert len(plan.runs) == len(study.seeds) * sum(len(c.norms) for c in study.conditions.values())
+    assert yaml.safe_load(file.read_text())["title"]

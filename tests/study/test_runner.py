@@ -1,0 +1,163 @@
+"""Jobs in processes: done once, resumed, diverged, failed, stopped, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from refbn_d2.study.plan import Job, Stage
+from refbn_d2.study.runner import Record, Runner, locked
+from refbn_d2.utils.errors import ConfigError
+
+FAKE = """
+import pathlib, signal, sys, time
+what, folder = sys.argv[-2], pathlib.Path(sys.argv[-1])
+with open(folder / "said", "a") as file:
+    file.write(" ".join(sys.argv[1:-1]) + "\\n")
+def stop(number, frame):
+    (folder / "last_checkpoint").write_text("model_0000001.pth")
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, stop)
+if what == "slow" and "--resume" not in sys.argv:
+    (folder / "started").touch()
+    time.sleep(60)
+if what == "diverge":
+    sys.exit("FloatingPointError: The loss became infinite or NaN at iteration 3")
+if what == "fail":
+    sys.exit("ConfigError: nothing fits")
+(folder / "model_0000001.pth").touch()
+(folder / "model_final.pth").touch()
+"""
+
+
+@pytest.fixture(autouse=True)
+def fake(tmp_path, monkeypatch):
+    """A module that behaves as its last argument but one says."""
+    (tmp_path / "fake.py").write_text(FAKE)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)
+    return tmp_path
+
+
+def job(tmp_path, name, what="fine", needs="", stages=1, recipe=None):
+    folder = tmp_path / name.replace("/", "-")
+    listed = [
+        Stage(f"stage{i}", "fake", (what, str(folder)), i == 0, folder) for i in range(stages)
+    ]
+    return Job(name, folder, tuple(listed), recipe or {"lr": 1}, needs)
+
+
+def said(job):
+    return (job.folder / "said").read_text().splitlines()
+
+
+def test_what_is_done_is_not_done_again(tmp_path, capfd):
+    jobs = [job(tmp_path, "run/a", stages=2), job(tmp_path, "run/b")]
+    Runner(jobs, 2).run()
+    Runner(jobs, 2).run()
+    assert said(jobs[0]) == ["fine", "fine"] and said(jobs[1]) == ["fine"]
+    status = json.loads((jobs[0].folder / "status.json").read_text())
+    assert status["status"] == "done" and status["recipe"] == {"lr": 1} and status["seconds"] > 0
+    assert not (jobs[0].folder / "model_0000001.pth").exists()
+    assert (jobs[0].folder / "model_final.pth").exists()
+    err = capfd.readouterr().err
+    assert "2 jobs: 0 done before, 2 to run, 2 at a time" in err
+    assert "2 jobs: 2 done before, 0 to run" in err and "[2/2] run/" in err
+
+
+def test_diverged_and_failed_do_not_stop_the_others(tmp_path, capfd):
+    jobs = [
+        job(tmp_path, "pretrain/p", "fail"),
+        job(tmp_path, "run/of p", needs="pretrain/p"),
+        job(tmp_path, "run/d", "diverge", stages=2),
+        job(tmp_path, "run/fine"),
+    ]
+    Runner(jobs, 1).run()
+    records = [Record(j) for j in jobs]
+    assert [r.status for r in records] == ["failed", "failed", "diverged", "done"]
+    assert "nothing fits (exit code 1)" in records[0].content["error"]
+    assert "pretrain/p failed" in records[1].content["error"]
+    assert len(said(jobs[2])) == 1 and not (jobs[1].folder / "said").exists()
+    assert "1 diverged, 2 failed" in capfd.readouterr().err
+    Runner(jobs, 1).run()  # what failed is tried again; what diverged stays
+    assert len(said(jobs[0])) == 2 and len(said(jobs[2])) == 1
+
+
+def test_a_pretraining_goes_first(tmp_path):
+    jobs = [job(tmp_path, "run/a", needs="pretrain/p"), job(tmp_path, "pretrain/p")]
+    Runner(jobs, 2).run()
+    times = [(j.folder / "model_final.pth").stat().st_mtime_ns for j in jobs]
+    assert times[1] < times[0]
+
+
+def test_results_of_another_version_are_refused(tmp_path):
+    Runner([job(tmp_path, "run/a")], 1).run()
+    changed = job(tmp_path, "run/a", recipe={"lr": 2, "code": "x"})
+    with pytest.raises(ConfigError, match=r"run-a holds run/a .*code: None there, 'x' now; lr: 1"):
+        Runner([changed], 1)
+
+
+def test_code_that_changes_meanwhile(tmp_path):
+    with pytest.raises(ConfigError, match="code was changed while the study ran"):
+        Runner([job(tmp_path, "run/a", recipe={"code": "of before"})], 1).run()
+    assert not (tmp_path / "run-a").exists()
+
+
+def test_threads_and_gpus(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("refbn_d2.study.runner.gpus", lambda: ["4", "7"])
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    runner = Runner([])
+    assert runner.slots == 2
+    environments = [runner._environment(slot) for slot in (0, 1)]
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == ["4", "7"]
+    assert {e["OMP_NUM_THREADS"] for e in environments} == {"6"}
+
+
+def test_one_program_a_folder(tmp_path):
+    with locked(tmp_path / "x"):
+        with pytest.raises(ConfigError, match="another program works in"):
+            with locked(tmp_path / "x"):
+                pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_and_resumed(tmp_path, number):
+    (tmp_path / "main.py").write_text(
+        "import sys\nfrom pathlib import Path\nfrom test_job import jobs\n"
+        "from refbn_d2.study.runner import Runner\nRunner(jobs, 2).run()\n"
+    )
+    (tmp_path / "test_job.py").write_text(
+        "from pathlib import Path\nfrom refbn_d2.study.plan import Job, Stage\n"
+        f"jobs = [Job(n, Path({str(tmp_path)!r}) / n, (Stage('train', 'fake', ('slow', "
+        f"{str(tmp_path)!r} + '/' + n), True, Path({str(tmp_path)!r}) / n),), {{'lr': 1}})"
+        " for n in ('a', 'b', 'c')]\n"
+    )
+    program = subprocess.Popen(
+        [sys.executable, "main.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / n / "started").exists() for n in "ab"):
+        assert time.monotonic() < deadline and program.poll() is None
+        time.sleep(0.05)
+    program.send_signal(number)
+    _, err = program.communicate(timeout=60)
+    assert program.returncode == 128 + number, err
+    assert "Stopping 2 runs" in err
+    status = json.loads((tmp_path / "a" / "status.json").read_text())
+    assert (status["status"], status["error"]) == ("not run", "interrupted")
+    for name in "ab":
+        assert (tmp_path / name / "last_checkpoint").exists()
+    assert not (tmp_path / "c").exists()
+    jobs = [
+        Job(n, tmp_path / n, (Stage("train", "fake", ("slow", str(tmp_path / n)), True,
+                                    tmp_path / n),), {"lr": 1})
+        for n in "ab"
+    ]  # fmt: skip
+    Runner(jobs, 2).run()
+    assert (tmp_path / "a" / "said").read_text().splitlines() == ["slow", "--resume slow"]
+    assert (tmp_path / "b" / "model_final.pth").exists()
