@@ -1,4 +1,4 @@
-"""Detectron2's config keys with Detectron2's defaults, and this package's own."""
+"""Provide Detectron2's config keys with Detectron2's defaults, and this package's own."""
 
 from refbn_d2.config.cfg_node import CfgNode
 from refbn_d2.config.detectron2_defaults import add_detectron2_defaults
@@ -22,7 +22,7 @@ __all__ = [
 
 
 def get_cfg() -> CfgNode:
-    """Returns a new config: Detectron2's defaults, MODEL.REFBN and DATASETS.REGISTER."""
+    """Return a new config: Detectron2's defaults, MODEL.REFBN and DATASETS.REGISTER."""
     cfg = CfgNode()
     add_detectron2_defaults(cfg)
     add_refbn_config(cfg)

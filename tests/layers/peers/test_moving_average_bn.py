@@ -150,7 +150,7 @@ def test_its_checkpoint_is_a_batch_norm_model_in_eval_mode():
         net(batch(step)).pow(3).mean().backward()
         optimizer.step()
     state = net.state_dict()
-    assert state["0.weight"].data_ptr() == net[0].weight.data_ptr()  # an EMA of the model writes to it
+    assert state["0.weight"].data_ptr() == net[0].weight.data_ptr()  # an EMA model writes to it
     plain = nn.Sequential(nn.Conv2d(C_IN, C, 3, bias=False), nn.BatchNorm2d(C)).double()
     assert plain.load_state_dict(state, strict=False).missing_keys == []
     torch.testing.assert_close(plain.eval()(batch(9)), net.eval()(batch(9)))
