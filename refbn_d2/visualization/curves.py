@@ -133,7 +133,7 @@ def _read_curves(file: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Average under a bell centred on each point (so that it does not lag); nan stays nan."""
+    """Average under a bell centerd on each point (so that it does not lag); nan stays nan."""
     sigma = len(values) / 60
     offsets = np.arange(-int(3 * sigma), int(3 * sigma) + 1)
     bell = np.exp(-0.5 * (offsets / sigma) ** 2)
@@ -203,7 +203,7 @@ def _draw_metrics(
     ax: Axes,
     curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> None:
-    """What `pattern` splits into task and metric: a colour for each task."""
+    """What `pattern` splits into task and metric: a color for each task."""
     _style(ax, title)
     tasks = list(dict.fromkeys(pattern.fullmatch(name)[1] for name in curves))
     for task, color in zip(tasks, COLORS * len(tasks), strict=False):

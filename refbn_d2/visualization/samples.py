@@ -32,8 +32,8 @@ def draw_samples(
 ) -> None:
     """A grid of images, each with its predictions beside its ground truth, as one PNG.
 
-    Boxes and masks have their class's colour; a label that would cover another is left out, for the
-    colours are explained below.
+    Boxes and masks have their class's color; a label that would cover another is left out, for the
+    colors are explained below.
 
     Args:
         items: (image uint8 (H, W, 3) RGB, prediction or None, ground truth or None) each. Both are
@@ -256,7 +256,7 @@ def _draw_legend(
     width: int,
     measure: _Measure,
 ) -> None:
-    """A line of coloured squares with class names; what finds no room is left out."""
+    """A line of colored squares with class names; what finds no room is left out."""
     x = _MARGIN
     for class_ in classes:
         name = class_names[class_]

@@ -62,7 +62,7 @@ def test_panels_without_values_are_left_out(tmp_path, keys, width):
 
 
 def test_accuracies(tmp_path):
-    """A colour for each set of images; in training as logged (pale) and smooth."""
+    """A color for each set of images; in training as logged (pale) and smooth."""
     data = records(100, ["train/top1", "train/top5", "val/top1"])
     plot_curves(write(tmp_path / "m.json", data), tmp_path / "c.png")
     picture = read(tmp_path / "c.png")
@@ -136,7 +136,7 @@ def test_smoothing_keeps_level_and_slope_and_reduces_noise():
 
 
 def test_compare_curves(tmp_path):
-    """A colour for each run in every panel, also where another run lacks the metric."""
+    """A color for each run in every panel, also where another run lacks the metric."""
     a = write(tmp_path / "a.json", records(100))
     b = write(tmp_path / "b.json", records(100, ["loss_x", "total_loss"]))
     c = write(tmp_path / "c.json", records(100, ["lr", "loss_x", "bbox/AP", "total_loss"]))

@@ -109,7 +109,7 @@ def test_labels_do_not_cover_one_another(tmp_path):
     draw_samples([(image(), made, None)], NAMES, tmp_path / "s.png")
     part = tile(read(tmp_path / "s.png"), 0)
     spans = []
-    for color in RGB[1:3]:  # the first one's box covers theirs: their colours are their labels'
+    for color in RGB[1:3]:  # the first one's box covers theirs: their colors are their labels'
         rows, columns = np.nonzero((part == color).all(axis=2))
         spans.append((rows.min(), rows.max(), columns.min(), columns.max()))
         assert len(rows) > 0.4 * (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
