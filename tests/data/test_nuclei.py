@@ -169,7 +169,7 @@ def break_mask(case):
 def resize_mask(case):
     path = case / "masks" / "1.png"
     Image.open(path).resize((30, 41)).save(path)
-    return f"{path} is 30 x 41 pixels, its picture 30 x 40"
+    return f"{path} has 30 x 41 pixels, its picture has 30 x 40"
 
 
 def remove_masks(case):
