@@ -20,7 +20,7 @@ BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 def convert_to_refbn(model: nn.Module, **options) -> nn.Module:
     """Replace every BatchNorm2d, SyncBatchNorm and FrozenBatchNorm2d in `model` by RefBatchNorm2d.
 
-    The model is changed in place. A root that is itself a norm cannot be, so use the return value.
+    The model is changed in place. Use the return value: a model that is itself a norm is replaced.
 
     Parameters and running statistics stay the same objects, so an optimizer that holds them stays
     valid. A frozen norm's weight and bias buffers become parameters. The reference starts from the
@@ -72,7 +72,7 @@ def convert_from_refbn(
 ) -> nn.Module:
     """Replace every RefBatchNorm2d in `model` by a `norm`; outputs in eval mode stay the same.
 
-    The model is changed in place. A root that is itself a norm cannot be, so use the return value.
+    The model is changed in place. Use the return value: a model that is itself a norm is replaced.
 
     BatchNorm2d and SyncBatchNorm take over the parameters and running statistics as the same
     objects; FrozenBatchNorm2d gets copies. Subclasses of RefBatchNorm2d with their own forward are
@@ -148,8 +148,8 @@ def replace_modules(
 ) -> nn.Module:
     """Replace each module m in `model` by `convert(m)`; None keeps m.
 
-    A shared module is replaced by one shared module. The model is changed in place. A root that is
-    replaced cannot be, so use the return value.
+    A shared module is replaced by one shared module. The model is changed in place. Use the return
+    value: the model itself may be replaced.
     """
     new = {m: c for m in model.modules() if (c := convert(m)) is not None}
     for parent in list(model.modules()):

@@ -24,8 +24,8 @@ def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     The convolution before a norm is found in one of three ways:
 
     - The norm is the convolution's child `norm` (Detectron2). A run on random input confirms it.
-    - For other norms torch.fx traces the model, if there are no `example_inputs`.
-    - With `example_inputs`, the model is run on them.
+    - For other norms, the model is run on `example_inputs`.
+    - Without `example_inputs`, torch.fx traces the model.
 
     RefBN, BN, SyncBN and FrozenBN are folded. A norm stays, with RefBN as BN, if there is no
     convolution before it, or if the norm or that convolution is used in other places too. The log

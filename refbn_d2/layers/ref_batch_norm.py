@@ -235,7 +235,7 @@ class RefBatchNorm2d(nn.BatchNorm2d):
             state_dict[prefix + "ref_var"] = state_dict[prefix + "running_var"]
             state_dict[prefix + "ref_count"] = torch.ones_like(self.ref_count)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._has_reference = False  # read the loaded `ref_count` at the next question
+        self._has_reference = False  # read the loaded `ref_count` when next asked
 
 
 @functools.cache

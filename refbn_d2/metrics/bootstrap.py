@@ -25,7 +25,7 @@ from refbn_d2.utils.errors import DataError
 
 
 class _Class(NamedTuple):
-    image: np.ndarray  # (D,) the index of its image, detections by falling score
+    image: np.ndarray  # (D,) index of the detection's image; detections by descending score
     hit: np.ndarray  # (T, D) bool: matched to an object
     miss: np.ndarray  # (T, D) bool: matched to nothing; an ignored detection is neither
     objects: np.ndarray  # (N,) number of objects in each image

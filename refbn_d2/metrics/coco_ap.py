@@ -124,7 +124,7 @@ def check_results(
         raise ValueError(f'iou_types are "bbox" and "segm", not {", ".join(sorted(unknown))}.')
     if "annotations" not in truth.dataset:
         raise ValueError(
-            f"{json_file} has no annotations (a test set?): there is nothing to evaluate against."
+            f"{json_file} has no annotations (a test set?): give a file with ground truth."
         )
     images, categories = set(truth.getImgIds()), set(truth.getCatIds())
     if unknown := set(image_ids) - images:
@@ -132,7 +132,7 @@ def check_results(
     if class_names is not None and len(class_names) != len(categories):
         raise ValueError(
             f"{len(class_names)} class names were given for the {len(categories)} categories of "
-            f"{json_file}."
+            f"{json_file}: give one for each."
         )
     keys = {"bbox": "bbox", "segm": "segmentation"}
     needed = ["score", *(keys[iou_type] for iou_type in iou_types)]

@@ -241,8 +241,8 @@ def _sample(images: _Images, index: int) -> dict:
     sample = images.mapper(dataset_dict)
     if sample is None:
         raise ValueError(
-            f"The mapper gives no sample for {dataset_dict['file_name']}, an image of the reference "
-            "batch. Remove it from the training set, or choose other images by MODEL.REFBN.SEED."
+            f"The mapper gives no sample for {dataset_dict['file_name']}, an image of the reference"
+            " batch. Remove it from the training set, or choose other images by MODEL.REFBN.SEED."
         )
     return sample
 

@@ -48,7 +48,7 @@ def draw_samples(
         ValueError: there are no items, an image is not uint8 (H, W, 3), or a class has no name.
     """
     if not items:
-        raise ValueError(f"{path}: there are no images to draw.")
+        raise ValueError(f"{path}: there are no images to draw; give 1 or more items.")
     headers = [
         header
         for header, index in (("prediction", 1), ("ground truth", 2))

@@ -25,7 +25,7 @@ def dataset():
     """Return random objects and detections: with crowds, misses, empty images and classes."""
     rng = np.random.default_rng(3)
     annotations, results = [], []
-    for image in IMAGES[:-1]:  # nothing on the last one
+    for image in IMAGES[:-1]:  # the last image is empty
         for category in CATEGORIES:
             for _ in range(rng.integers(0, 4) if category != 9 or image == 12 else 0):
                 box = rng.integers([0, 0, 10, 10], [200, 200, 90, 90]).tolist()

@@ -46,7 +46,7 @@ def command(root, *more):
     return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-# The same on every machine
+# Equal on every machine
 
 
 def test_fingerprint():
@@ -307,7 +307,7 @@ def test_color_does_not_depend_on_the_class():
     assert color_p_value(colors, labels) > 0.02
     assert color_p_value(backgrounds, labels) > 0.02
     leak = np.random.default_rng(0).normal(0, 25, (len(CLASSES), 3))[labels]
-    assert color_p_value(colors + leak, labels) < 0.01  # the test would have found it
+    assert color_p_value(colors + leak, labels) < 0.01  # the test detects a leak
 
 
 # Making the folder

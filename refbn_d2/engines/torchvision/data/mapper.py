@@ -87,7 +87,10 @@ class Mapper:
         segmentation = ann.get("segmentation")
         what = f"annotation {ann['id']} of image {dataset_dict['image_id']}"
         if segmentation is None:
-            raise ValueError(f"MODEL.MASK_ON = True, and {what} has no segmentation")
+            raise ValueError(
+                f"MODEL.MASK_ON = True, and {what} has no segmentation: add it to the dataset, or "
+                "set MODEL.MASK_ON to False"
+            )
         if isinstance(segmentation, dict):
             try:
                 mask = decode_mask(
@@ -119,7 +122,7 @@ def _check_size(dataset_dict: dict, picture: np.ndarray) -> None:
         raise ValueError(
             f"image {dataset_dict['file_name']} (image id {dataset_dict['image_id']}) is "
             f"{width} x {height} pixels (width x height), and its dataset says "
-            f"{dataset_dict['width']} x {dataset_dict['height']}"
+            f"{dataset_dict['width']} x {dataset_dict['height']}: correct the one that is wrong"
             + (" (was it annotated before its EXIF orientation was applied?)" if turned else "")
         )
 

@@ -21,7 +21,7 @@ MAX_ROIS = 64  # in one matrix product, to keep the intermediate in the cache
 def roi_align(
     features: Tensor, rois: Tensor, size: int, stride: int, sampling_ratio: int, aligned: bool
 ) -> Tensor:
-    """Compute torchvision's `roi_align`: the same output, and the same gradient but for rounding.
+    """Compute torchvision's `roi_align`: the same output, and the same gradient up to rounding.
 
     Args:
         features: (N, C, H, W) float32, with `stride` pixels per cell.

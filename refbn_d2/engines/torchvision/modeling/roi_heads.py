@@ -33,7 +33,7 @@ from refbn_d2.engines.torchvision.modeling.rpn import Targets
 
 
 class Sampled(NamedTuple):
-    """RoIs to train on."""
+    """Sampled RoIs to train on, with their targets."""
 
     rois: Tensor  # (S, 5)
     classes: Tensor  # (S,) int64 in [0, K]

@@ -112,7 +112,7 @@ class RPNHead(nn.Module):
 
 
 class RPN(nn.Module):
-    """Features and image sizes -> proposals; in training also loss_rpn_cls and loss_rpn_loc.
+    """Region proposal network: features and image sizes -> proposals, and losses in training.
 
     Args:
         strides, channels: {name: int} of the backbone's feature maps.
