@@ -1,8 +1,8 @@
-"""How RefBN gets into Detectron2: at import, and by DETECTRON2_ENV_MODULE=refbn_d2.env.
+"""Register RefBN with Detectron2: at import, or by DETECTRON2_ENV_MODULE=refbn_d2.env.
 
-With that variable Detectron2's own scripts, unmodified, and the worker processes that they spawn
-know RefBN. An environment module that was set before goes into REFBN_D2_ENV_MODULE (a module or the
-path of a .py file, as for Detectron2), and is set up first.
+With that variable, Detectron2's unmodified scripts and the worker processes that they spawn know
+RefBN. If you used that variable for another module, put that one into REFBN_D2_ENV_MODULE (a module
+or the path of a .py file, as for Detectron2). It is set up first.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ import os
 
 
 def setup_environment() -> None:
-    """Set up REFBN_D2_ENV_MODULE and register RefBN; Detectron2 calls this when it is imported.
+    """Set up REFBN_D2_ENV_MODULE, then register RefBN; Detectron2 calls this at its import.
 
     Raises:
         PluginError: RefBN cannot be registered with this Detectron2.
@@ -26,7 +26,7 @@ def setup_environment() -> None:
 
 
 def register_if_installed() -> None:
-    """Register RefBN with Detectron2 where that is installed; warn where it cannot be done."""
+    """Register RefBN with Detectron2 if that is installed; log a warning if that fails."""
     spec = importlib.util.find_spec("detectron2")
     if spec is None or spec.origin is None:  # not installed, or a folder of that name
         return

@@ -1,4 +1,4 @@
-"""Detectron2's config keys with Detectron2's defaults, and this package's own."""
+"""Provide Detectron2's config keys with Detectron2's defaults, and this package's own."""
 
 from refbn_d2.config.cfg_node import CfgNode
 from refbn_d2.config.defaults import get_cfg

@@ -1,4 +1,4 @@
-"""A config tree that says what is wrong with a file or an override, and what to do about it."""
+"""Provide a config tree whose errors say what is wrong with a file or override, and what to do."""
 
 import difflib
 import logging
@@ -16,55 +16,74 @@ OTHER_ENGINE = "run it on Detectron2 (--engine detectron2)"
 
 
 class CfgNode(_CfgNode):
-    """fvcore's CfgNode (`_BASE_`, KEY VALUE overrides, freeze) with errors for people.
+    """fvcore's CfgNode (`_BASE_`, KEY VALUE overrides, freeze) with helpful errors.
 
-    Differences: all that is wrong in one file or list of overrides comes in one error, with
-    the closest known key or the expected type; an integer is welcome where a float is expected;
-    nothing in a YAML file is ever executed.
+    Differences from fvcore's:
+
+    - One error lists everything that is wrong in a file or a list of overrides, with the closest
+      known key or the expected type.
+    - An integer is accepted for a float.
+    - Code in a YAML file is never executed.
     """
 
-    # What to do about a key that is not known, and about code.
+    # What to do about an unknown key, and about code.
     UNKNOWN_KEY = (
-        "If it belongs to an architecture or project of Detectron2's that is not built here, "
+        "If it belongs to an architecture or project of Detectron2 that is not supported here, "
         + OTHER_ENGINE
     )
     CODE = f"Write the value out, or {OTHER_ENGINE}"
 
     def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = False) -> None:
-        """Merges a YAML file and its `_BASE_` files.
+        """Merge a YAML file and its `_BASE_` files.
 
         Raises:
             FileNotFoundError: the file or one of its bases does not exist.
-            ConfigError: unreadable, not YAML, holds code, unknown key or wrong type.
+            ConfigError: a file is unreadable, is not YAML or contains code, or a key is unknown or
+                its value is of the wrong type.
         """
         if allow_unsafe:
-            raise ConfigError(f"{cfg_filename}: code in YAML is never run here")
+            raise ConfigError(
+                f"{cfg_filename}: code in YAML is never run here; leave allow_unsafe out"
+            )
         loaded = self.load_yaml_with_base(str(cfg_filename))
         self._merge(leaves(loaded), source=str(cfg_filename))
 
     def merge_from_other_cfg(self, cfg_other: dict) -> None:
-        """Merges another config tree or nested dict."""
+        """Merge another config tree or nested dict.
+
+        Raises:
+            ConfigError: a key is unknown, or its value is of the wrong type.
+        """
         self._merge(leaves(cfg_other), source="config")
 
     def merge_from_list(self, cfg_list: list) -> None:
-        """Merges overrides [KEY, VALUE, KEY, VALUE, ...], values as Python literals."""
+        """Merge overrides [KEY, VALUE, KEY, VALUE, ...], with values as Python literals.
+
+        Raises:
+            ConfigError: a value is missing, a key is unknown, or a value is of the wrong type.
+        """
         if len(cfg_list) % 2:
             raise ConfigError(
-                f"overrides come as KEY VALUE pairs, and {cfg_list[-1]!r} stands alone "
+                f"overrides are KEY VALUE pairs, but the last, {cfg_list[-1]!r}, has no VALUE "
                 f"in: {' '.join(map(str, cfg_list))}"
             )
         self._merge(zip(cfg_list[0::2], cfg_list[1::2], strict=True), source="overrides")
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
-        """As fvcore's, which calls it again for each `_BASE_`; the file that fails is named."""
+        """Load a YAML file as fvcore does, which calls this for each `_BASE_`.
+
+        Raises:
+            FileNotFoundError: the file or one of its bases does not exist.
+            ConfigError: a file is unreadable, is not YAML or contains code. Errors name the file.
+        """
         cls._check_file(filename)
         try:
             return super().load_yaml_with_base(filename, allow_unsafe=False)
         except AssertionError as e:  # fvcore: a plain value in the base, a section here
             raise ConfigError(f"config file {filename}: {e}") from e
         except RecursionError:
-            raise ConfigError(f"config file {filename}: its _BASE_ files form a circle") from None
+            raise ConfigError(f"config file {filename}: its _BASE_ files form a cycle") from None
 
     @classmethod
     def _check_file(cls, filename: str) -> None:
@@ -84,13 +103,13 @@ class CfgNode(_CfgNode):
             raise ConfigError(f"config file {filename} is not valid YAML: {e}") from e
         if not isinstance(content, dict):
             holds = "nothing" if content is None else f"a {type(content).__name__}"
-            raise ConfigError(f"config file {filename} holds {holds}, not `KEY: value` lines")
+            raise ConfigError(f"config file {filename} contains {holds}, not `KEY: value` lines")
         code = [f"{key}: {value}" for key, value in leaves(content) if _is_code(value)]
         if code:
             raise ConfigError(f"{_code_message(filename, code, content)}. {cls.CODE}")
 
     def _merge(self, pairs, source: str) -> None:
-        """Sets all (full key, raw value) pairs, or none of them and raises one ConfigError."""
+        """Set all (full key, raw value) pairs, or set none and raise one ConfigError."""
         checked, problems = [], []
         for key, raw in pairs:
             try:
@@ -126,7 +145,7 @@ class CfgNode(_CfgNode):
         if old is None or type(value) is type(old):
             return value
         if isinstance(old, str) and isinstance(raw, str):
-            return raw  # a name or path that happens to read as a number
+            return raw  # a name or path that parses as a number
         if isinstance(old, float) and type(value) is int:
             return float(value)
         if isinstance(old, tuple | list) and isinstance(value, tuple | list):
@@ -134,7 +153,7 @@ class CfgNode(_CfgNode):
         expected = "tuple or list" if isinstance(old, tuple | list) else type(old).__name__
         raise ConfigError(
             f"{key} = {value!r} is of type {type(value).__name__}; expected: {expected} "
-            f"(as {old!r})"
+            f"(such as {old!r})"
         )
 
     def _unknown(self, key: str) -> str:
@@ -144,7 +163,7 @@ class CfgNode(_CfgNode):
 
 
 def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (full key, value) for every leaf of a nested dict; an empty dict is a leaf."""
+    """Yield (full key, value) for every leaf of a nested dict; an empty dict is a leaf."""
     for key, value in tree.items():
         full = f"{prefix}{key}"
         if isinstance(value, dict) and value:
@@ -154,7 +173,7 @@ def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class _LoaderWithoutCode(yaml.SafeLoader):
-    """Reads `!!python/...` tags as their own name, so that the error can name the key."""
+    """Read a `!!python/...` tag as its own name, so that the error can name the key."""
 
 
 class _Code(str):
@@ -177,6 +196,6 @@ def _code_message(filename: str, code: list[str], content: dict) -> str:
     architecture = model.get("META_ARCHITECTURE") if isinstance(model, dict) else None
     for_whom = f" (MODEL.META_ARCHITECTURE = {architecture!r})" if architecture else ""
     return (
-        f"config file {filename}{for_whom}: {'; '.join(code)}: code in YAML is not run here, plain "
-        "values are supported"
+        f"config file {filename}{for_whom}: {'; '.join(code)}: code in YAML is not run here; only "
+        "plain values are allowed"
     )

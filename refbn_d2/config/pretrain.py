@@ -1,4 +1,7 @@
-"""The config of `tools/pretrain_imagenet.py`: Detectron2's names for what it has, else timm's."""
+"""Provide the config of `tools/pretrain_imagenet.py`.
+
+Keys have Detectron2's names where Detectron2 has the key, else timm's.
+"""
 
 import math
 from collections.abc import Callable
@@ -11,17 +14,17 @@ from refbn_d2.utils.errors import ConfigError
 
 
 class PretrainCfgNode(CfgNode):
-    """A config tree for pretraining, with no other engine to send people to."""
+    """Config tree for pretraining: its errors do not suggest another engine."""
 
-    UNKNOWN_KEY = "docs/pretraining.md says where all keys are."
+    UNKNOWN_KEY = "docs/pretraining.md says where all keys are listed."
     CODE = "Write the value out"
 
 
 def get_pretrain_cfg() -> CfgNode:
-    """Returns a new config with every key of pretraining and its default."""
+    """Return a new config with every key of pretraining and its default."""
     cfg = PretrainCfgNode()
     cfg.OUTPUT_DIR = "./output"  # logs, checkpoints and the backbone go here
-    cfg.SEED = -1  # negative: another one each run
+    cfg.SEED = -1  # negative: a new seed in each run
     cfg.CUDNN_BENCHMARK = True  # let cuDNN time its algorithms
     _add_model(cfg)
     _add_data(cfg)
@@ -31,32 +34,31 @@ def get_pretrain_cfg() -> CfgNode:
 
 def _add_model(cfg: CfgNode) -> None:
     model = cfg.MODEL = PretrainCfgNode()
-    model.NAME = "resnet50"  # of timm's models, one with BatchNorm
-    model.NORM = "RefBN"  # for BatchNorm: "RefBN", "BN", "SyncBN", "GN", "BRN", "CBN", "MABN"
-    model.NUM_CLASSES = 0  # 0: as many as the data has; else it must have that many
+    model.NAME = "resnet50"  # a timm model with BatchNorm
+    model.NORM = "RefBN"  # replaces BatchNorm: "RefBN", "BN", "SyncBN", "GN", "BRN", "CBN", "MABN"
+    model.NUM_CLASSES = 0  # 0: those of the data; else the data must have that many
     model.DROP_RATE = 0.0  # dropout before the classifier
-    model.DROP_PATH_RATE = 0.0  # stochastic depth, rate of the last block
+    model.DROP_PATH_RATE = 0.0  # stochastic depth: the rate of the last block
     model.WEIGHTS = ""  # checkpoint to start from, or to evaluate
     model.DEVICE = "cuda"  # or "cpu"
     model.CHANNELS_LAST = True  # memory format
     model.COMPILE = False  # torch.compile
     model.PIXEL_MEAN = [123.675, 116.28, 103.53]  # of 0-255 values, RGB
     model.PIXEL_STD = [58.395, 57.12, 57.375]
-    model.EMA = PretrainCfgNode()  # moving average of all weights; validated and written too
+    model.EMA = PretrainCfgNode()  # moving average of all weights; also validated and saved
     model.EMA.ENABLED = False
     model.EMA.DECAY = 0.9998  # per step
-    model.EMA.WARMUP = False  # a lower decay in the beginning
+    model.EMA.WARMUP = False  # a lower decay at the beginning
     add_refbn_model_config(cfg)
 
 
 def _add_data(cfg: CfgNode) -> None:
     datasets = cfg.DATASETS = PretrainCfgNode()
-    # Folder of the data, from $DETECTRON2_DATASETS (./datasets) on. "": the embedded shapes.
+    # Folder of the data, relative to $DETECTRON2_DATASETS (./datasets). "": the synthetic shapes.
     datasets.ROOT = ""
-    datasets.TRAIN = (
-        "train"  # in it: a folder of classes, a tar, or shards ("train-{000..127}.tar")
-    )
-    datasets.TEST = "val"  # likewise
+    # Inside ROOT: a folder of class folders, a tar file, or shards ("train-{000..127}.tar").
+    datasets.TRAIN = "train"
+    datasets.TEST = "val"
 
     inputs = cfg.INPUT = PretrainCfgNode()
     inputs.SIZE = 224  # side in training, pixels
@@ -66,56 +68,56 @@ def _add_data(cfg: CfgNode) -> None:
     inputs.RATIO = (3 / 4, 4 / 3)  # their width / height
     inputs.INTERPOLATION = "bilinear"  # or "bicubic", ...; "random" in training
     inputs.RANDOM_FLIP = "horizontal"  # every second image; or "none"
-    inputs.COLOR_JITTER = 0.4  # brightness, contrast, saturation; not where AUTO_AUGMENT is set
-    inputs.AUTO_AUGMENT = ""  # timm's notation, "rand-m7-mstd0.5-inc1"; "": none
+    inputs.COLOR_JITTER = 0.4  # brightness, contrast, saturation; not with AUTO_AUGMENT
+    inputs.AUTO_AUGMENT = ""  # in timm's notation ("rand-m7-mstd0.5-inc1"); "": none
     inputs.RANDOM_ERASING = 0.0  # probability
     inputs.MIXUP_ALPHA = 0.0  # 0: none
-    inputs.CUTMIX_ALPHA = 0.0  # 0: none; both: they take turns by MIXUP_SWITCH_PROB
-    inputs.MIXUP_PROB = 1.0  # of a batch to be mixed
-    inputs.MIXUP_SWITCH_PROB = 0.5  # of cutmix
-    inputs.MIXUP_MODE = "batch"  # drawn anew for each "batch", "pair" or "elem"
-    inputs.MIXUP_OFF_EPOCH = 0  # from here on none; 0: never off
+    inputs.CUTMIX_ALPHA = 0.0  # 0: none; with both, MIXUP_SWITCH_PROB decides
+    inputs.MIXUP_PROB = 1.0  # probability that a batch is mixed
+    inputs.MIXUP_SWITCH_PROB = 0.5  # probability of cutmix instead of mixup
+    inputs.MIXUP_MODE = "batch"  # one draw for each "batch", "pair" or "elem"
+    inputs.MIXUP_OFF_EPOCH = 0  # no mixing from this epoch on; 0: never off
 
     loader = cfg.DATALOADER = PretrainCfgNode()
-    loader.NUM_WORKERS = 4  # processes that read images, for each GPU; 0: none besides
-    loader.AUG_REPEATS = 1  # times that an image comes in a row, each time augmented anew
-    # What makes a batch: "iid"; "domain": one photometric domain of the shapes; "class": one group
-    # of classes that follow each other.
+    loader.NUM_WORKERS = 4  # processes per GPU that read images; 0: no extra ones
+    loader.AUG_REPEATS = 1  # times each image is repeated in a row, with new augmentations
+    # Composition of a batch: "iid"; "domain": one photometric domain of the shapes; "class": one
+    # group of consecutive classes.
     loader.BATCH_COMPOSITION = "iid"
     loader.CLASSES_PER_BATCH = 10  # with "class"
-    loader.MAX_UNREADABLE = 0.001  # share of the images that may be broken; they are skipped
+    loader.MAX_UNREADABLE = 0.001  # largest share of broken images, which are skipped
 
 
 def _add_solver(cfg: CfgNode) -> None:
     solver = cfg.SOLVER = PretrainCfgNode()
     solver.EPOCHS = 90
-    solver.IMS_PER_BATCH = 256  # images a step, over all workers and accumulated parts
-    solver.GRAD_ACCUM_STEPS = 1  # parts that a worker runs its share of a batch in
-    solver.OPTIMIZER = "sgd"  # timm's name; its sgd is Nesterov's, "momentum" is plain
+    solver.IMS_PER_BATCH = 256  # images per step, over all workers and accumulated parts
+    solver.GRAD_ACCUM_STEPS = 1  # parts into which a worker splits its share of a batch
+    solver.OPTIMIZER = "sgd"  # a timm name; "sgd" is Nesterov's, "momentum" is plain SGD
     solver.BASE_LR = 0.1  # after the warmup
     solver.MOMENTUM = 0.9
-    solver.OPT_KWARGS = ()  # what else the optimizer takes: (("eps", 1e-6), ...)
+    solver.OPT_KWARGS = ()  # other arguments of the optimizer: (("eps", 1e-6), ...)
     solver.WEIGHT_DECAY = 0.0001  # not for norms and biases
     solver.LR_SCHEDULER_NAME = "cosine"  # timm's names: or "multistep", "tanh", "constant"
-    solver.BASE_LR_END = 0.0  # where schedules without steps end
+    solver.BASE_LR_END = 0.0  # at the end of schedules without milestones
     solver.DECAY_MILESTONES = (30, 60, 80)  # epochs, of "multistep"
-    solver.GAMMA = 0.1  # on the rate at each of them
-    solver.WARMUP_EPOCHS = 5.0  # of EPOCHS; linear, from WARMUP_LR
+    solver.GAMMA = 0.1  # factor on the rate at each of them
+    solver.WARMUP_EPOCHS = 5.0  # part of EPOCHS; linear, from WARMUP_LR
     solver.WARMUP_LR = 0.0
     solver.LOSS = "ce"  # cross entropy, or "bce": binary cross entropy of each class
     solver.LABEL_SMOOTHING = 0.0
-    solver.BCE_TARGET_THRESH = None  # "bce": mixed targets above become 1, others 0; None: stay
-    solver.CLIP_GRAD = 0.0  # norm of the whole gradient at most; 0: any
+    solver.BCE_TARGET_THRESH = None  # "bce": mixed targets above it become 1, others 0
+    solver.CLIP_GRAD = 0.0  # largest norm of the whole gradient; 0: no limit
     solver.AMP = PretrainCfgNode()
     solver.AMP.ENABLED = False  # automatic mixed precision, in validation too
     solver.AMP.DTYPE = "bfloat16"  # or "float16" on CUDA, with loss scaling
-    solver.CHECKPOINT_PERIOD = 5000  # steps; the last checkpoint is kept, and the best
+    solver.CHECKPOINT_PERIOD = 5000  # steps; the last and the best checkpoint are kept
 
     cfg.TEST = PretrainCfgNode()
     cfg.TEST.VAL_INTERVAL = 1  # epochs between validations; 0: only at the end
 
 
-# ---- what the keys may hold
+# ---- allowed values
 
 
 def _check(allowed: str, test: Callable[[Any], bool], *keys: str) -> dict[str, tuple]:
@@ -181,27 +183,27 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def check_pretrain_config(cfg: CfgNode) -> None:
-    """Returns if every key holds what it may, for itself and with the others.
+    """Check that every value is allowed, by itself and in combination with the others.
 
     Raises:
-        ConfigError: lists all that do not, each with its value and what is allowed.
+        ConfigError: some are not; the message lists each key, its value and what is allowed.
     """
     values = dict(leaves(cfg))
     problems = []
     for key, (allowed, test) in _ALLOWED.items():
         try:
             fits = test(values[key])
-        except TypeError:  # a word where a number belongs
+        except TypeError:  # a string for a number
             fits = False
         if not fits:
             problems.append(f"{key} = {values[key]!r}; allowed: {allowed}")
     problems = problems or [f"{key} = {values[key]!r}; {why}" for key, why in _misfits(cfg)]
     if problems:
-        raise ConfigError("\n  ".join(["values that cannot be used:", *problems]))
+        raise ConfigError("\n  ".join(["values that are not allowed:", *problems]))
 
 
 def _misfits(cfg: CfgNode):
-    """Yields (key, why) where values that are allowed do not fit together."""
+    """Yield (key, reason) for allowed values that do not fit together."""
     solver = cfg.SOLVER
     if solver.WARMUP_EPOCHS >= solver.EPOCHS:
         yield "SOLVER.WARMUP_EPOCHS", f"allowed: less than SOLVER.EPOCHS = {solver.EPOCHS}"

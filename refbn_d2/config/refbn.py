@@ -1,4 +1,4 @@
-"""This package's own config keys: what they are, and what they may hold."""
+"""Define this package's own config keys, their defaults and their allowed values."""
 
 import math
 from dataclasses import dataclass, fields
@@ -18,24 +18,25 @@ LAYER_OPTIONS = ("reference_weight", "weighting", "gradient")  # attributes of a
 
 @dataclass(frozen=True)
 class RefBNOptions:
-    """The keys of MODEL.REFBN (in lower case here) with their defaults, checked.
+    """Values of the keys of MODEL.REFBN, with lower-case names.
 
-    None for `reference_weight`, `weighting` or `gradient` leaves every layer its own.
+    If `reference_weight`, `weighting` or `gradient` is None, every layer keeps its own.
 
     Raises:
-        ConfigError: names the full key, its value and what is allowed.
+        ConfigError: a value is not allowed; the message names the full key, the value and what is
+            allowed.
     """
 
     reference_weight: float | None = REFERENCE_WEIGHT  # w of the reference in the mixture, [0, 1]
     weighting: str | None = WEIGHTINGS[0]  # "fixed": w as above; "count": w = n_R / (n_R + n_B)
     gradient: str | None = GRADIENT  # training batch's backward: "pooled", "batch" or "reference"
-    reference: str = "dataset"  # captured on DATASETS.TRAIN; "checkpoint": MODEL.WEIGHTS brings it
-    refresh: str = "concat"  # how it follows the weights: "static", "full", "slice", "concat"
+    reference: str = "dataset"  # captured on DATASETS.TRAIN; "checkpoint": from MODEL.WEIGHTS
+    refresh: str = "concat"  # how its moments are refreshed: "static", "full", "slice", "concat"
     refresh_period: int = 4  # steps between refreshes
-    slice_size: int = 8  # reference images a refresh, over all workers, for "slice" and "concat"
+    slice_size: int = 8  # "slice", "concat": reference images per refresh, over all workers
     slice_momentum: float = 0.25  # weight of a slice's moments in their moving average, (0, 1]
     num_images: int = 32  # size of the reference batch
-    seed: int = 0  # which images, and which augmentations of them, are the reference batch
+    seed: int = 0  # draws the reference images and their augmentations
 
     def __post_init__(self) -> None:
         if self.reference_weight is not None:
@@ -74,7 +75,7 @@ def add_refbn_config(cfg) -> None:
     `cfg` is Detectron2's CfgNode or ours.
     """
     add_refbn_model_config(cfg)
-    # One's own data in COCO's format: ((name, json file, image folder), ...)
+    # Your own data in COCO's format: ((name, json file, image folder), ...)
     cfg.DATASETS.REGISTER = ()
     # Training batches: "iid", or "domain": all images of a batch are of one domain.
     cfg.DATALOADER.BATCH_COMPOSITION = "iid"
@@ -89,10 +90,11 @@ def add_refbn_model_config(cfg) -> None:
 
 
 def refbn_options(cfg) -> RefBNOptions:
-    """Return MODEL.REFBN of `cfg`; the defaults where the node is missing.
+    """Return MODEL.REFBN of `cfg`, or the defaults if the node is missing.
 
     Raises:
-        ConfigError: names the full key, its value and what is allowed.
+        ConfigError: a value is not allowed; the message names the full key, the value and what is
+            allowed.
     """
     node = cfg.MODEL.get("REFBN")
     if node is None:

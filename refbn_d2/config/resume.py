@@ -1,4 +1,4 @@
-"""Keys, or beginnings of keys, that a resumed run may change without becoming another run."""
+"""List the keys, or prefixes of keys, that may change when a run is resumed."""
 
 FREE_IN_DETECTION = (
     "MODEL.DEVICE", "MODEL.WEIGHTS", "OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "DATASETS.TEST",

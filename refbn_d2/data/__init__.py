@@ -1,1 +1,1 @@
-"""Datasets: `catalog` finds them by Detectron2's names, `shapes` draws the synthetic ones."""
+"""Provide datasets: `catalog` finds them by Detectron2's names, `shapes` draws synthetic ones."""

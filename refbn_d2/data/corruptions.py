@@ -1,26 +1,26 @@
-"""The 15 common corruptions of pictures, each at 5 severities.
+"""Apply the 15 common corruptions to pictures, each at 5 severities.
 
     corrupt(image, name, severity, seed) -> image    uint8 RGB in and out, of the same shape
 
 After Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
 Perturbations" (ICLR 2019), and Michaelis et al., "Benchmarking Robustness in Object Detection"
-(2019), who apply them to pictures of any size. The code is our own. Compare results with each
-other, not with published numbers, because of these differences:
+(2019), who apply them to pictures of any size. The code is our own. Do not compare results with
+published numbers, because of these differences:
 
-- frost: the authors blend photographs of ice. We draw a texture of clouds and stars of needles.
+- frost: the authors blend in photographs of ice. We draw a texture of clouds and stars of needles.
 - glass_blur: every pixel takes the value of a random neighbor; the authors swap pixels in sequence.
 - motion_blur: the kernel is centered, so that objects stay inside their annotated boxes.
 - elastic_transform: local displacement only; the authors also move the whole picture by a random
   affine map.
 - zoom_blur: the unmoved picture counts once in the mean; the authors count it twice.
 
-Severities: a picture whose shorter side is under 96 pixels takes those for small pictures (after
-CIFAR-10-C, 32 pixels); any other takes those for large pictures (after ImageNet-C, 224 pixels).
-Lengths are pixels and do not grow further with the picture. Some parameters of snow, frost,
-glass_blur, motion_blur, defocus_blur and pixelate, and all of elastic_transform, are our own: with
-the authors', some severities came out no stronger than the one before.
+There are two tables of severities. Pictures with a shorter side under 96 pixels take the one for
+small pictures (after CIFAR-10-C, 32 pixels), others the one for large pictures (after ImageNet-C,
+224 pixels). Lengths are in pixels and do not grow further with the picture.
 
-The five severities of one seed share one random pattern, so that only its strength differs.
+Some parameters of snow, frost, glass_blur, motion_blur, defocus_blur and pixelate, and all of
+elastic_transform, are our own: with the authors', some severities were no stronger than the one
+before. The five severities of one seed share one random pattern: only its strength differs.
 
     x           (H, W, C) float32 in 0-1, C = 1 or 3
     rng         numpy's generator, made from the name and the seed
@@ -49,7 +49,7 @@ from refbn_d2.data.filters import (
 )
 from refbn_d2.utils.errors import DataError
 
-SMALL = 96  # pixels: a picture with a shorter side under it takes the small severities
+SMALL = 96  # pixels: pictures with a shorter side below it take the small severities
 SEVERITIES = (1, 2, 3, 4, 5)
 
 
@@ -64,7 +64,7 @@ _REGISTRY: dict[str, _Corruption] = {}
 
 
 def _corruption(family: str, large: list, small: list):
-    """Registers a function under its name, with the parameters of its five severities."""
+    """Register a function under its name, with the parameters of its five severities."""
 
     def register(function):
         _REGISTRY[function.__name__.strip("_")] = _Corruption(family, function, large, small)
@@ -76,15 +76,15 @@ def _corruption(family: str, large: list, small: list):
 def corrupt(
     image: np.ndarray, name: str, severity: int, seed: int | Sequence[int] = 0
 ) -> np.ndarray:
-    """Return the corrupted picture: a function of the arguments, with no other random state.
+    """Return the corrupted picture. It depends only on the arguments.
 
     Args:
-        image: uint8 (H, W, 3) RGB, or gray (H, W) or (H, W, 1); 1 pixel or more each way. In a
-            picture of few pixels a blur or a displacement may change nothing.
+        image: uint8 (H, W, 3) RGB, or gray (H, W) or (H, W, 1), with 1 pixel or more. In a picture
+            of few pixels a blur or a displacement may change nothing.
         name: one of `CORRUPTIONS`.
         severity: 1 (mild) to 5 (strong).
-        seed: an integer, or several, from 0. Give each picture its own, such as [run, image id]:
-            pictures of one size and one seed receive the same noise.
+        seed: an integer from 0, or several. Give each picture its own, such as [run, image id]:
+            pictures of one size and one seed get the same noise.
 
     Returns:
         A new uint8 array of the shape of `image`.
@@ -142,7 +142,7 @@ def _gaussian_noise(x, rng, deviation):
     small=[(500,), (250,), (100,), (75,), (50,)],
 )
 def _shot_noise(x, rng, photons):
-    """Poisson(x * photons) / photons: few photons reach each pixel."""
+    """Poisson(x * photons) / photons, the noise of few photons per pixel"""
     return rng.poisson(x * photons).astype(np.float32) / photons
 
 
@@ -152,7 +152,7 @@ def _shot_noise(x, rng, photons):
     small=[(0.01,), (0.02,), (0.03,), (0.05,), (0.07,)],
 )
 def _impulse_noise(x, rng, amount):
-    """The share `amount` of all values becomes 0 or 1."""
+    """Set the share `amount` of all values to 0 or 1."""
     u = rng.random(x.shape, np.float32)
     return np.where(u < amount / 2, 0, np.where(u > 1 - amount / 2, 1, x))
 
@@ -166,7 +166,7 @@ def _impulse_noise(x, rng, amount):
     small=[(0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.6), (1.5, 0.6)],
 )
 def _defocus_blur(x, rng, radius, softness):
-    """The mean over a disk, whose edge is softened."""
+    """Average over a disk with a soft edge."""
     return convolve(x, disk(radius, softness))
 
 
@@ -176,7 +176,7 @@ def _defocus_blur(x, rng, radius, softness):
     small=[(0.05, 0.55, 1), (0.25, 0.65, 1), (0.3, 0.8, 1), (0.4, 1, 2), (0.4, 1.5, 2)],
 )
 def _glass_blur(x, rng, deviation, reach, repetitions):
-    """Pixels displaced at random by up to `reach`, between two slight blurs."""
+    """Displace pixels at random by up to `reach`, between two slight blurs."""
     x = blur(x, deviation)
     for _ in range(repetitions):
         dy, dx = np.rint(reach * rng.uniform(-1, 1, (2, *x.shape[:2])))
@@ -190,7 +190,7 @@ def _glass_blur(x, rng, deviation, reach, repetitions):
     small=[(3, 0.8), (3, 1.2), (4, 1.6), (5, 2), (6, 2.5)],
 )
 def _motion_blur(x, rng, radius, deviation):
-    """The mean along a line within 45 degrees of the horizontal, weighted by half a Gaussian."""
+    """Average along a line within 45 degrees of the horizontal, weighted by half a Gaussian."""
     return convolve(x, streak(radius, deviation, rng.uniform(-45, 45)))
 
 
@@ -200,7 +200,7 @@ def _motion_blur(x, rng, radius, deviation):
     small=[(1.05, 0.01), (1.10, 0.01), (1.15, 0.01), (1.20, 0.01), (1.25, 0.01)],
 )
 def _zoom_blur(x, rng, largest, step):
-    """The mean of the picture and of its enlargements about the center."""
+    """Average the picture and its enlargements about the center."""
     h, w = x.shape[:2]
     zooms = np.arange(1 + step, largest + step / 2, step)
     total = x.copy()
@@ -231,7 +231,7 @@ def _zoom_blur(x, rng, largest, step):
     ],
 )
 def _snow(x, rng, mean, deviation, size, threshold, line, share):
-    """Falling streaks on a picture that is bleached toward white."""
+    """Add falling streaks to a picture bleached toward white."""
     h, w = x.shape[:2]
     coarse = (max(1, round(h / size)), max(1, round(w / size)))
     angle = rng.uniform(45, 135)
@@ -274,7 +274,7 @@ def _fog(x, rng, thickness, decay):
     small=[(0.05,), (0.10,), (0.15,), (0.20,), (0.30,)],
 )
 def _brightness(x, rng, more):
-    """The value of HSV raised by `more`; hue and saturation stay."""
+    """Raise the value of HSV by `more`; hue and saturation stay."""
     value = x.max(axis=2, keepdims=True)
     raised = np.minimum(value + more, 1)
     return np.where(value > 0, x * (raised / np.maximum(value, 1e-6)), raised)
@@ -289,7 +289,7 @@ def _brightness(x, rng, more):
     small=[(0.75,), (0.5,), (0.4,), (0.3,), (0.15,)],
 )
 def _contrast(x, rng, share):
-    """share * (x - mean) + mean, the mean of each channel over the picture"""
+    """share * (x - mean) + mean, with the mean of each channel over the picture"""
     mean = x.mean(axis=(0, 1), keepdims=True)
     return share * (x - mean) + mean
 
@@ -300,7 +300,7 @@ def _contrast(x, rng, share):
     small=[(0.4, 2.5), (0.7, 2.5), (1, 2.5), (1.4, 2.5), (1.9, 2.5)],
 )
 def _elastic_transform(x, rng, length, smoothness):
-    """The picture on a sheet of rubber, pulled to and fro."""
+    """Displace pixels by a smooth random field, as on a stretched sheet of rubber."""
     field = blur(rng.standard_normal((*x.shape[:2], 2), np.float32), smoothness)
     field *= length / max(1e-6, np.sqrt((field**2).sum(axis=2).mean()))
     return displace(x, field[..., 0], field[..., 1], cv2.INTER_LINEAR)
@@ -312,7 +312,7 @@ def _elastic_transform(x, rng, length, smoothness):
     small=[(0.95,), (0.9,), (0.8,), (0.7,), (0.6,)],
 )
 def _pixelate(x, rng, share):
-    """Resolution reduced to `share`, enlarged again without interpolation."""
+    """Reduce the resolution to `share`, and enlarge again without interpolation."""
     h, w = x.shape[:2]
     few = (max(1, int(w * share)), max(1, int(h * share)))
     coarse = cv2.resize(x, few, interpolation=cv2.INTER_AREA)
@@ -325,7 +325,7 @@ def _pixelate(x, rng, share):
     small=[(80,), (65,), (58,), (50,), (40,)],
 )
 def _jpeg_compression(x, rng, quality):
-    """Saved as JPEG of this quality, and read."""
+    """Save as JPEG of this quality, and read it again."""
     picture = np.rint(255 * x).astype(np.uint8)
     with io.BytesIO() as file:
         Image.fromarray(picture[..., 0] if x.shape[2] == 1 else picture).save(

@@ -1,9 +1,9 @@
-"""Filters and textures that the corruptions are made of.
+"""Provide the filters and textures of the corruptions.
 
     x           (H, W, C) float32
     kernel      (K, K) float32, of sum 1, K odd
 
-Beyond the border lies the nearest pixel.
+Pixels outside the image take the value of the nearest pixel inside.
 """
 
 import cv2
@@ -11,37 +11,40 @@ import numpy as np
 
 
 def channels(x: np.ndarray) -> np.ndarray:
-    """(H, W) or (H, W, C) -> (H, W, C): OpenCV drops a single channel."""
+    """Return x (H, W) or (H, W, C) as (H, W, C): OpenCV drops a single channel."""
     return x.reshape(*x.shape[:2], -1)
 
 
 def gray(x: np.ndarray) -> np.ndarray:
-    """(H, W, C) -> (H, W, 1)"""
+    """Return the luminance of x (H, W, C): (H, W, 1)."""
     return x if x.shape[2] == 1 else x @ np.array([[0.299], [0.587], [0.114]], np.float32)
 
 
 def convolve(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Correlate every channel of x with `kernel`."""
     return channels(cv2.filter2D(x, -1, kernel, borderType=cv2.BORDER_REPLICATE))
 
 
 def blur(x: np.ndarray, deviation: float) -> np.ndarray:
+    """Blur x by a Gaussian of this standard deviation in pixels."""
     size = 2 * int(np.ceil(3 * deviation)) + 1
     return channels(cv2.GaussianBlur(x, (size, size), deviation, borderType=cv2.BORDER_REPLICATE))
 
 
 def resize(x: np.ndarray, h: int, w: int) -> np.ndarray:
+    """Resize x to (h, w) by bicubic interpolation."""
     return cv2.resize(x, (w, h), interpolation=cv2.INTER_CUBIC)
 
 
 def displace(x: np.ndarray, dx: np.ndarray, dy: np.ndarray, interpolation: int) -> np.ndarray:
-    """The picture y with y[i, j] = x[i + dy[i, j], j + dx[i, j]]; outside, the nearest pixel."""
+    """y[i, j] = x[i + dy[i, j], j + dx[i, j]], with the nearest pixel for places outside"""
     rows, columns = np.indices(x.shape[:2], np.float32)
     at = (columns + dx.astype(np.float32), rows + dy.astype(np.float32))
     return channels(cv2.remap(x, *at, interpolation, borderMode=cv2.BORDER_REPLICATE))
 
 
 def disk(radius: float, softness: float) -> np.ndarray:
-    """A disk of sum 1. A pixel counts by the share of its 9 x 9 parts that lie inside."""
+    """Return a disk of sum 1. A pixel's weight is the share of its 9 x 9 parts inside the disk."""
     reach = int(np.ceil(radius)) + 1
     parts = (np.arange((2 * reach + 1) * 9) + 0.5) / 9 - reach - 0.5
     inside = (parts[:, None] ** 2 + parts**2 <= radius**2).astype(np.float32)
@@ -51,7 +54,7 @@ def disk(radius: float, softness: float) -> np.ndarray:
 
 
 def streak(radius: int, deviation: float, degrees: float) -> np.ndarray:
-    """A line of sum 1 that fades by half a Gaussian, its center of mass in the middle."""
+    """Return a line of sum 1 that fades as half a Gaussian; its center of mass is in the middle."""
     along = np.arange(0, 2 * radius + 0.25, 0.25)
     weight = np.exp(-(along**2) / (2 * deviation**2))
     weight /= weight.sum()
@@ -68,7 +71,7 @@ def streak(radius: int, deviation: float, degrees: float) -> np.ndarray:
 
 
 def _star() -> np.ndarray:
-    """Lines (66, 2), start and end as x + iy: six needles of length 1, with barbs at 60 degrees."""
+    """Return lines (66, 2), start and end as x + iy: six needles of length 1 with barbs."""
     foot = np.arange(0.25, 1, 0.15)
     barbs = [foot + 0.4 * (1 - foot) * np.exp(side * np.pi / 3) for side in (-1j, 1j)]
     needle = np.concatenate([[(0, 1)], *(np.stack([foot, tip], axis=1) for tip in barbs)])
@@ -79,7 +82,7 @@ _STAR = _star()
 
 
 def needles(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
-    """Ice (h, w, 1) in 0-1: stars of needles up to a quarter of the shorter side long."""
+    """Draw ice (h, w, 1) in 0-1: stars of needles, up to a quarter of the shorter side long."""
     canvas = np.zeros((h, w), np.uint8)
     length = min(max(4, min(h, w) / 4), 64)
     for _ in range(int(np.ceil(3 * h * w / length**2))):
@@ -91,9 +94,9 @@ def needles(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
 
 
 def plasma(rng: np.random.Generator, h: int, w: int, decay: float) -> np.ndarray:
-    """Clouds (h, w, 1) in 0-1: noise of 1, 2, 4, ... cells on the longer side.
+    """Draw clouds (h, w, 1) in 0-1: a sum of noise with 1, 2, 4, ... cells on the longer side.
 
-    Each is 1 / decay as strong as the one before.
+    The amplitude of each is 1 / decay of the one before.
     """
     side = max(h, w)
     clouds = np.zeros((h, w), np.float32)

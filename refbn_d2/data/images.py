@@ -1,4 +1,4 @@
-"""Pictures from files."""
+"""Read pictures from files."""
 
 from collections.abc import Hashable
 
@@ -9,14 +9,14 @@ from refbn_d2.utils.errors import DataError
 
 
 def read_image(file_name: str, format: str, image_id: Hashable = None) -> np.ndarray:
-    """Reads a picture as (H, W, 3) uint8 in "RGB" or "BGR", upright by its EXIF tag.
+    """Read a picture as (H, W, 3) uint8 in `format` "RGB" or "BGR", upright by its EXIF tag.
 
-    Grey becomes three equal channels, a palette its colours, transparency is dropped, and
-    16-bit grey keeps its high byte (as PIL does with 16-bit colour).
+    Gray becomes three equal channels, and a palette its colors. Transparency is dropped. 16-bit
+    gray keeps its high byte, as 16-bit color does in PIL.
 
     Raises:
-        FileNotFoundError: no such file; names it and the image's id.
-        DataError: truncated, not a picture, or of a kind that has no place in 0-255.
+        FileNotFoundError: the file does not exist. The message names it and the image's id.
+        DataError: the file is truncated or not a picture, or its values do not fit 8 or 16 bits.
     """
     of_image = "" if image_id is None else f" (image id {image_id})"
     try:
@@ -30,12 +30,12 @@ def read_image(file_name: str, format: str, image_id: Hashable = None) -> np.nda
         raise FileNotFoundError(
             f"image {file_name}{of_image} does not exist: check the dataset's image folder"
         ) from None
-    except Exception as e:  # a broken picture makes PIL raise nearly anything
+    except Exception as e:  # PIL may raise nearly anything on a broken picture
         raise DataError(f"image {file_name}{of_image} cannot be read: {e}") from e
     return rgb[:, :, ::-1] if format == "BGR" else rgb
 
 
-_UPRIGHT = {  # EXIF orientation -> what undoes it
+_UPRIGHT = {  # EXIF orientation -> its inverse
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -49,7 +49,7 @@ _UPRIGHT = {  # EXIF orientation -> what undoes it
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(274)
-    except Exception:  # a broken EXIF block should not cost the picture
+    except Exception:  # a broken EXIF block does not make the picture useless
         return image
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
@@ -57,5 +57,5 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_8_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if not np.issubdtype(values.dtype, np.integer) or values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"it is of mode {image.mode}; convert it to 8 or 16 bits a channel")
+        raise ValueError(f"it is of mode {image.mode}; convert it to 8 or 16 bits per channel")
     return Image.fromarray((values >> 8).astype(np.uint8))

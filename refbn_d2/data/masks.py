@@ -1,16 +1,18 @@
-"""COCO's masks: run lengths and polygons to pixels."""
+"""Turn COCO's masks, run lengths and polygons, into pixels."""
 
 import numpy as np
 import pycocotools.mask as mask_util
 
 
 def decode_mask(counts: str | bytes, h: int, w: int) -> np.ndarray:
-    """Returns the uint8 (h, w) mask that COCO's run lengths describe, 1 inside.
+    """Decode COCO's run lengths to a uint8 (h, w) mask, 1 inside.
 
-    Lengths of 0s and 1s take turns, column by column. Each is stored in characters of 5 bits,
-    lowest first, where bit 5 says that more follow and bit 4 of the last one is the sign; from
-    the fourth length on it is the difference to the last but one. pycocotools reads this too,
-    but leaves the pixels uninitialised that a broken string does not reach.
+    Lengths of 0s and 1s alternate, column by column. Each is stored in characters of 5 bits, lowest
+    first. Bit 5 says that more characters follow; bit 4 of the last character is the sign. From the
+    fourth length on, the stored value is the difference from the length two before.
+
+    pycocotools reads this too, but if a string is broken, it leaves the remaining pixels
+    uninitialized.
 
     Raises:
         ValueError: the lengths do not add up to h w.
@@ -34,7 +36,7 @@ def decode_mask(counts: str | bytes, h: int, w: int) -> np.ndarray:
 
 
 def rasterize(polygons: list, h: int, w: int) -> np.ndarray:
-    """COCO polygons -> bool (h, w): their union."""
+    """Rasterize COCO polygons to bool (h, w): their union."""
     if not len(polygons):
         return np.zeros((h, w), dtype=bool)
     runs = mask_util.merge(mask_util.frPyObjects(polygons, h, w))

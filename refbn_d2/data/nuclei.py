@@ -1,15 +1,15 @@
-"""Nuclei: the 2018 Data Science Bowl (BBBC038, stage1_train) as a COCO dataset with domains.
+"""Convert the 2018 Data Science Bowl (BBBC038, stage1_train) to COCO's format, with domains.
 
     python -m refbn_d2.data.nuclei FOLDER OUT [--seed N]
 
     FOLDER/<image id>/images/<image id>.png     a microscope picture
-    FOLDER/<image id>/masks/*.png               one nucleus each: not 0 inside
+    FOLDER/<image id>/masks/*.png               one nucleus each, not 0 inside
 
     OUT/images/<image id>.png                   the same files
     OUT/train.json, OUT/val.json                COCO: one class, "nucleus", masks as run lengths
 
-Each image has a `domain`, the imaging modality, by its mean saturation and value (HSV as OpenCV
-has it, 0-255, transparency dropped) and its shorter side in pixels:
+Each image has a `domain`, the imaging modality. It follows from the mean saturation and value
+(OpenCV's HSV, 0-255, without transparency) and from the shorter side in pixels:
 
     saturation > 12:  value > 200 and saturation < 75   stain_white
                       else                              stain_purple
@@ -17,10 +17,12 @@ has it, 0-255, transparency dropped) and its shorter side in pixels:
                       shorter side <= 256               fluorescence_small
                       else                              fluorescence_large
 
-A quarter of each domain goes to val, drawn by the seed (at least one picture where there are two).
-A pixel in several masks stays with the first by file name, and a mask without pixels is left out;
-the log counts both. Image source: Caicedo et al., "Nucleus segmentation across imaging experiments:
-the 2018 Data Science Bowl", Nature Methods 2019. License: CC0.
+A quarter of each domain, drawn by the seed, goes to val: at least one picture if there are two. A
+pixel in several masks belongs to the first by file name. A mask without pixels is left out. The log
+counts both cases.
+
+Image source: Caicedo et al., "Nucleus segmentation across imaging experiments: the 2018 Data
+Science Bowl", Nature Methods 2019. License: CC0.
 """
 
 import argparse
@@ -49,7 +51,7 @@ DOMAINS = (
 
 
 def domain_of(image: np.ndarray) -> str:
-    """Return the imaging modality of a picture, (H, W, 3) uint8 RGB, by the rule above."""
+    """Return the imaging modality of a picture (H, W, 3) uint8 RGB, by the rule of this module."""
     _, saturation, value = cv2.cvtColor(image, cv2.COLOR_RGB2HSV).mean(axis=(0, 1))
     if saturation > 12:
         return "stain_white" if value > 200 and saturation < 75 else "stain_purple"
@@ -62,11 +64,12 @@ def convert(folder: Path | str, out: Path | str, seed: int = 0) -> dict[str, dic
     """Write the COCO dataset `out`, whole or not at all.
 
     Returns:
-        {"train": {domain: pictures}, "val": ...}
+        {"train": {domain: number of pictures}, "val": ...}
 
     Raises:
-        DataError: `folder` does not have the layout above, a file cannot be read, a mask has
-            not its picture's size, there are too few pictures for a val set, or `out` exists.
+        DataError: `folder` does not have this module's layout, a file cannot be read, a mask has
+            another size than its picture, there are too few pictures for a val set, or `out`
+            exists.
     """
     folder, out = Path(folder), Path(out)
     if out.exists():
@@ -100,7 +103,7 @@ def convert(folder: Path | str, out: Path | str, seed: int = 0) -> dict[str, dic
 
 
 def _pictures(folder: Path) -> list[Path]:
-    """The pictures, by name; an error unless every subfolder holds one."""
+    """Return the pictures, sorted by name; raise unless every subfolder has one."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; give the unpacked stage1_train")
     cases = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] not in "._")
@@ -117,7 +120,7 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _read(pictures: list[Path], target: Path) -> tuple[list[dict], list[dict]]:
-    """All images and annotations as COCO has them, still without the annotations' ids."""
+    """Return all images and annotations in COCO's format, without ids of the annotations."""
     images, annotations = [], []
     empty, overlapping = [], []
     for number, path in enumerate(tqdm(pictures, "nuclei", unit="image", disable=None), start=1):
@@ -129,7 +132,7 @@ def _read(pictures: list[Path], target: Path) -> tuple[list[dict], list[dict]]:
         if not masks:
             raise DataError(
                 f"{path} has no masks in {path.parents[1] / 'masks'}: give stage1_train, the only "
-                "part with a folder of masks for each picture"
+                "part of the data with masks for each picture"
             )
         taken = np.zeros((height, width), bool)
         for mask_path in masks:
@@ -137,7 +140,7 @@ def _read(pictures: list[Path], target: Path) -> tuple[list[dict], list[dict]]:
             mask = (red | green | blue) > 0
             if mask.shape != taken.shape:
                 raise DataError(
-                    f"{mask_path} is {mask.shape[1]} x {mask.shape[0]} pixels, its picture "
+                    f"{mask_path} has {mask.shape[1]} x {mask.shape[0]} pixels, its picture has "
                     f"{width} x {height}: replace the mask, or remove {path.parents[1]}"
                 )
             if (mask & taken).any():
@@ -151,8 +154,8 @@ def _read(pictures: list[Path], target: Path) -> tuple[list[dict], list[dict]]:
         shutil.copyfile(path, target / path.name)
     if empty or overlapping:
         logger.warning(
-            "%d masks overlap one before them and lost the common pixels; %d masks had no pixels "
-            "(left) and were left out. The first is %s.",
+            "%d masks overlap an earlier mask, which keeps the common pixels; %d masks had no "
+            "pixels of their own and were left out. The first is %s.",
             *(len(overlapping), len(empty), min(overlapping + empty)),
         )
     return images, annotations
@@ -166,7 +169,7 @@ def _open(path: Path) -> np.ndarray:
 
 
 def _annotation(image_id: int, mask: np.ndarray) -> dict:
-    """One nucleus; `mask` is bool (H, W)."""
+    """Return the annotation of one nucleus; `mask` is bool (H, W)."""
     rle = pycocotools.mask.encode(np.asfortranarray(mask, np.uint8))
     return {
         "image_id": image_id,
@@ -188,7 +191,7 @@ def _split(images: list[dict], seed: int) -> dict[str, list[dict]]:
     if not val:
         raise DataError(
             f"{len(images)} pictures, no two of one domain, are too few for train and val: "
-            "give the whole of stage1_train"
+            "give all of stage1_train"
         )
     return {
         "train": [image for image in images if image["id"] not in val],
@@ -197,19 +200,20 @@ def _split(images: list[dict], seed: int) -> dict[str, list[dict]]:
 
 
 def _numbered(annotations: list[dict], images: list[dict]) -> list[dict]:
-    """The images' annotations, with ids from 1: COCOeval takes 0 for none."""
+    """Return the images' annotations, with ids from 1: COCOeval takes an id of 0 for no object."""
     ids = {image["id"] for image in images}
     chosen = (a for a in annotations if a["image_id"] in ids)
     return [{"id": number, **annotation} for number, annotation in enumerate(chosen, start=1)]
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Convert a folder from the command line: `python -m refbn_d2.data.nuclei FOLDER OUT`."""
     parser = argparse.ArgumentParser(
         description="Convert the 2018 Data Science Bowl's stage1_train (BBBC038) to COCO format."
     )
     parser.add_argument("folder", help="the unpacked stage1_train, one folder for each picture")
     parser.add_argument("out", help="the folder to make: images/, train.json and val.json")
-    parser.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
     args = parser.parse_args(arguments)
     if args.seed < 0:
         parser.error(f"--seed is {args.seed}; give an integer from 0")

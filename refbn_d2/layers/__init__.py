@@ -1,4 +1,4 @@
-"""RefBN as a layer, and models converted to it, from it, and folded. torch only."""
+"""Provide RefBN as a layer, convert models to it and back, and fold it. Needs torch only."""
 
 from refbn_d2.layers.convert import convert_from_refbn, convert_to_refbn
 from refbn_d2.layers.fold import fold

@@ -1,4 +1,4 @@
-"""Which convolution's output a norm takes: traced by torch.fx, or observed on a run."""
+"""Find the convolution whose output a norm takes: by torch.fx tracing, or by watching a run."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -13,20 +13,29 @@ Conv = nn.Conv2d | nn.ConvTranspose2d
 
 
 class Calls:
-    """Which convolutions' outputs go where, over all calls of a forward pass."""
+    """Record which modules take the outputs of convolutions, over all calls of a forward pass."""
 
     def __init__(self) -> None:
         self.users: dict[nn.Module, list] = defaultdict(list)  # of a conv: norms; None: others
         self.sources: dict[nn.Module, list] = defaultdict(list)  # of a norm: convs; None: others
 
     def only_before(self, norm: nn.Module) -> Conv | None:
-        """The convolution whose outputs are this norm's inputs, one and all, and nothing else's."""
+        """Return the convolution that feeds this norm and only it, or None.
+
+        All inputs of the norm are outputs of that convolution, and nothing else takes these.
+        """
         sources = set(self.sources[norm])
         conv = sources.pop() if len(sources) == 1 else None
         return conv if conv is not None and set(self.users[conv]) == {norm} else None
 
 
 def trace_calls(model: nn.Module, norms: set[nn.Module]) -> Calls:
+    """Return the calls that torch.fx traces in `model`.
+
+    Raises:
+        ValueError: torch.fx cannot trace the model.
+    """
+
     def is_plain_conv(m: nn.Module) -> bool:
         return isinstance(m, Conv) and type(m).forward in (
             nn.Conv2d.forward,
@@ -39,10 +48,10 @@ def trace_calls(model: nn.Module, norms: set[nn.Module]) -> Calls:
 
     try:
         graph = Tracer().trace(model)
-    except Exception as error:  # a forward pass raises what it likes when it meets proxies
+    except Exception as error:  # a forward pass may raise anything when it meets proxies
         raise ValueError(
-            f"torch.fx cannot trace {type(model).__name__} ({error}): pass example_inputs, for the "
-            "convolution before each norm to be seen in a run."
+            f"torch.fx cannot trace {type(model).__name__} ({error}). Pass example_inputs: the "
+            "model is then run on them to find the convolution before each norm."
         ) from error
 
     def module(node: Any) -> nn.Module | None:
@@ -61,6 +70,7 @@ def trace_calls(model: nn.Module, norms: set[nn.Module]) -> Calls:
 
 
 def observe_calls(model: nn.Module, norms: set[nn.Module], example_inputs: Any) -> Calls:
+    """Return the calls seen while `model` runs on `example_inputs` (an argument, or a tuple)."""
     observer = _Observer(model)
 
     def enter(norm: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -86,7 +96,7 @@ def observe_calls(model: nn.Module, norms: set[nn.Module], example_inputs: Any) 
 
 
 class _Observer(TorchFunctionMode):
-    """Follows the outputs of convolutions through a run, by the identity of tensors."""
+    """Follow the outputs of convolutions through a run, by the identity of tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -95,7 +105,7 @@ class _Observer(TorchFunctionMode):
             for m in model.modules()
             if isinstance(m, Conv) and "weight" in m._parameters  # not computed from others
         }
-        self.outputs: dict[int, tuple[Tensor, Conv]] = {}  # kept, so that no id comes again
+        self.outputs: dict[int, tuple[Tensor, Conv]] = {}  # kept alive: no id is reused
         self.calls = Calls()
         self.in_norm = False
 
@@ -103,7 +113,7 @@ class _Observer(TorchFunctionMode):
         return self.outputs[id(tensor)][1] if id(tensor) in self.outputs else None
 
     def use(self, values: Any) -> None:
-        """Note that something else than a norm takes these."""
+        """Note that something other than a norm takes these values."""
         for tensor in _tensors(values):
             for conv in (self.source(tensor), self.convs.get(id(tensor))):
                 if conv is not None:
@@ -127,7 +137,7 @@ _QUESTIONS = {
 
 
 def _is_question(func: Callable, result: Any) -> bool:
-    """Asks a tensor for its shape and the like, and leaves its values alone."""
+    """Return whether `func` only asks for a tensor's shape and the like, not for its values."""
     return getattr(func, "__name__", "") in _QUESTIONS and not isinstance(result, Tensor)
 
 

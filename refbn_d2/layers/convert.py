@@ -1,7 +1,7 @@
-"""Any model's norms: BatchNorm to RefBN and back, and folded into the convolutions.
+"""Convert the norms of any model: BatchNorm to RefBN, and RefBN back.
 
-At inference RefBN is an affine map a channel, as BatchNorm is: what `convert_from_refbn` and `fold`
-return needs nothing of this package.
+At inference RefBN is one affine map per channel, as BatchNorm is. So the models that
+`convert_from_refbn` and `fold` return do not need this package.
 """
 
 import logging
@@ -20,17 +20,20 @@ BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 def convert_to_refbn(model: nn.Module, **options) -> nn.Module:
     """Replace every BatchNorm2d, SyncBatchNorm and FrozenBatchNorm2d in `model` by RefBatchNorm2d.
 
-    In place but for the root: use the return value. Parameters stay the same objects, so that an
-    optimizer's still hold (a frozen norm's buffers become parameters), and so do the running
-    statistics. The reference starts from these, unless the norm has never seen a batch. Left alone,
-    with a warning: norms without running statistics or bias, and subclasses with a forward of their
-    own (timm's BatchNormAct2d).
+    The model is changed in place. Use the return value: a model that is itself a norm is replaced.
+
+    Parameters and running statistics stay the same objects, so an optimizer that holds them stays
+    valid. A frozen norm's weight and bias buffers become parameters. The reference starts from the
+    running statistics, unless the norm has never seen a batch.
+
+    Some norms are not converted, and a warning names them: those without running statistics,
+    those with a weight but no bias, and subclasses with their own forward (timm's BatchNormAct2d).
 
     Args:
         options: `reference_weight`, `weighting` and `gradient` of `RefBatchNorm2d`.
 
     Raises:
-        ValueError: an option holds what RefBatchNorm2d does not take.
+        ValueError: an option has a value that RefBatchNorm2d does not accept.
     """
 
     def convert(norm: Any) -> nn.Module | None:
@@ -67,11 +70,13 @@ def convert_to_refbn(model: nn.Module, **options) -> nn.Module:
 def convert_from_refbn(
     model: nn.Module, norm: Callable[..., nn.Module] = nn.BatchNorm2d
 ) -> nn.Module:
-    """Replace every RefBatchNorm2d in `model` by a `norm`; in eval mode the outputs are the same.
+    """Replace every RefBatchNorm2d in `model` by a `norm`; outputs in eval mode stay the same.
 
-    In place but for the root: use the return value. For BatchNorm, parameters and running
-    statistics stay the same objects; FrozenBatchNorm2d gets copies. Left alone, with a warning:
-    subclasses with a forward of their own.
+    The model is changed in place. Use the return value: a model that is itself a norm is replaced.
+
+    BatchNorm2d and SyncBatchNorm take over the parameters and running statistics as the same
+    objects; FrozenBatchNorm2d gets copies. Subclasses of RefBatchNorm2d with their own forward are
+    not converted, and a warning names them.
 
     Args:
         norm: nn.BatchNorm2d, nn.SyncBatchNorm, or torchvision's or Detectron2's FrozenBatchNorm2d.
@@ -108,13 +113,16 @@ def convert_from_refbn(
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    """torchvision's, Detectron2's or another FrozenBatchNorm2d."""
+    """Return whether this is a FrozenBatchNorm2d: torchvision's, Detectron2's or another."""
     buffers = {"weight", "bias", "running_mean", "running_var"}
     return type(module).__name__ == "FrozenBatchNorm2d" and buffers <= dict(module._buffers).keys()
 
 
 def is_norm(module: nn.Module) -> bool:
-    """A RefBN, BN, SyncBN or FrozenBN that is nothing else besides, with running statistics."""
+    """Return whether this is a plain RefBN, BN, SyncBN or FrozenBN with running statistics.
+
+    Subclasses with their own forward are not plain, except Detectron2's NaiveSyncBatchNorm.
+    """
     if _is_frozen(module):
         return True
     forward = type(module).forward
@@ -138,9 +146,10 @@ def _share_statistics(source: Any, target: Any) -> None:
 def replace_modules(
     model: nn.Module, convert: Callable[[nn.Module], nn.Module | None]
 ) -> nn.Module:
-    """Put `convert(m)` wherever a module m stands, one for one where m is shared; None keeps m.
+    """Replace each module m in `model` by `convert(m)`; None keeps m.
 
-    In place but for the root: use the return value.
+    A shared module is replaced by one shared module. The model is changed in place. Use the return
+    value: the model itself may be replaced.
     """
     new = {m: c for m in model.modules() if (c := convert(m)) is not None}
     for parent in list(model.modules()):

@@ -1,4 +1,4 @@
-"""Any model's norms folded into the convolutions before them, for inference."""
+"""Fold the norms of any model into the convolutions before them, for inference."""
 
 import copy
 import logging
@@ -14,24 +14,30 @@ logger = logging.getLogger(__name__)
 
 
 def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
-    """A copy of `model` in eval mode, each norm folded into the convolution before it
+    """Return a copy of `model` in eval mode, each norm folded into the convolution before it.
 
         w <- w s,   b <- (b - mean) s + beta,   s = gamma / sqrt(var + eps)
 
-    with the running statistics. nn.Identity takes the norm's place, and the outputs are the model's
-    in eval mode. Which convolution precedes a norm is told by structure where the norm is the
-    convolution's child `norm` (Detectron2's; tried on random input), else by tracing with torch.fx,
-    else by running `example_inputs`. RefBN, BN, SyncBN and FrozenBN are folded; left, as BN, and
-    listed in the log are those without a convolution before, and those whose convolution or whose
-    self serves in other places too.
+    mean and var are the running statistics. nn.Identity takes the norm's place. The outputs are
+    those of `model` in eval mode.
+
+    The convolution before a norm is found in one of three ways:
+
+    - The norm is the convolution's child `norm` (Detectron2). A run on random input confirms it.
+    - For other norms, the model is run on `example_inputs`.
+    - Without `example_inputs`, torch.fx traces the model.
+
+    RefBN, BN, SyncBN and FrozenBN are folded. A norm stays, with RefBN as BN, if there is no
+    convolution before it, or if the norm or that convolution is used in other places too. The log
+    lists these norms.
 
     Args:
-        example_inputs: for models that torch.fx cannot trace (detectors): the model's argument, or
-            a tuple of its arguments. It has to reach every norm that is to be folded.
+        example_inputs: the model's argument, or a tuple of its arguments, for models that torch.fx
+            cannot trace (detectors). The run must reach every norm that is to be folded.
 
     Raises:
-        ValueError: norms are left to place, and torch.fx cannot trace the model, and there are no
-            `example_inputs`.
+        ValueError: some norm is no child `norm` of a convolution, torch.fx cannot trace the model,
+            and there are no `example_inputs`.
     """
     model = copy.deepcopy(model).eval()
     names = {m: name for name, m in model.named_modules() if is_norm(m)}
@@ -45,7 +51,7 @@ def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
             and len(norm.running_mean) == conv.out_channels
             and children.count(norm) == 1
             and _is_foldable(conv, model)
-            and _normalises_output(conv)
+            and _normalizes_output(conv)
         ):
             _fuse(conv, norm)
             folded.add(norm)
@@ -70,7 +76,7 @@ def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
 
 
 def _is_foldable(conv: Conv, model: nn.Module) -> bool:
-    """The weight is the convolution's own: not computed from others, and shared with none."""
+    """Return whether the weight is the convolution's own: not computed, and not shared."""
     weight = conv._parameters.get("weight")
     owners = sum(p is weight for m in model.modules() for p in m._parameters.values())
     return weight is not None and owners == 1
@@ -79,11 +85,12 @@ def _is_foldable(conv: Conv, model: nn.Module) -> bool:
 def affine(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(scale, shift) (C,) in float64 on the CPU, for which a norm in eval mode is scale x + shift
+    """Return (scale, shift) such that a norm in eval mode is scale x + shift.
 
         scale = weight / sqrt(var + eps),   shift = bias - mean scale
 
-    None for `weight` and `bias` are ones and zeros.
+    Both are (C,), float64, on the CPU. A `weight` of None stands for ones, a `bias` of None for
+    zeros.
     """
 
     def double(tensor: Tensor) -> Tensor:
@@ -113,15 +120,15 @@ def _fuse(conv: Conv, norm: Any) -> None:
 
 
 @torch.no_grad()
-def _normalises_output(conv: Conv) -> bool:
-    """Whether `conv.norm` comes right behind the convolution in `conv`, as random input tells."""
+def _normalizes_output(conv: Conv) -> bool:
+    """Return whether `conv.norm` comes right after the convolution, by a run on random input."""
     probe = copy.deepcopy(conv).double()
     sides = [(k - 1) * d + 3 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, conv.in_channels, *sides, generator=generator).to(probe.weight)
     try:
         expected = probe(x)
-    except Exception:  # a forward that is not Detectron2's, and wants something else
+    except Exception:  # not Detectron2's forward: it takes other inputs
         return False
     _fuse(probe, probe.norm)
     probe.norm = nn.Identity()

@@ -1,4 +1,4 @@
-"""The arithmetic of reference batch normalization (RefBN).
+"""Compute reference batch normalization (RefBN): moments, mixture, forward and backward pass.
 
 Luo, Li, Zuo, "Improved Batch Normalization Algorithm for Deep Learning", Computer Systems &
 Applications 2020, 29(4):187-194. Where its abstract is silent, `docs/algorithm.md` decides.
@@ -7,7 +7,7 @@ Shapes:
     x, y, dy, dx                (N, C, H, W), any memory format
     mean, var, gamma, beta      (C,), float32 for half-precision x, else x's dtype; var is biased
     w                           a number in [0, 1] or a 0-dim tensor
-    n = N * H * W               elements a channel's moments are taken over
+    n = N * H * W               the number of elements in a channel
 """
 
 import torch
@@ -24,8 +24,9 @@ def mix_moments(
 ) -> tuple[Tensor, Tensor]:
     """mean = (1-w) mean_a + w mean_b;  var = (1-w) var_a + w var_b + w (1-w) (mean_a - mean_b)^2
 
-    The moments of the mixture that draws from a with probability 1-w and from b with w: exact, and
-    never negative. With w = n_b / (n_a + n_b) they are the moments of both samples together.
+    Return the moments of the mixture that draws from a with probability 1-w and from b with w.
+    They are exact, and the variance is never negative. With w = n_b / (n_a + n_b) they are the
+    moments of both samples together.
     """
     difference = mean_b - mean_a
     mean = mean_a + w * difference
@@ -34,9 +35,9 @@ def mix_moments(
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """mean and biased variance of x (N, C, H, W) over N, H, W: two (C,) tensors.
+    """Return mean and biased variance of x (N, C, H, W) over N, H, W: two (C,) tensors.
 
-    They are accumulated and returned in float32 at least, under autocast too.
+    They are accumulated and returned in float32 or wider, under autocast too.
     """
     half = x.dtype in (torch.float16, torch.bfloat16)
     if torch.compiler.is_compiling():  # plain operations, for the compiler to fuse
@@ -90,8 +91,8 @@ class _Normalize(torch.autograd.Function):
             if dx is not None:
                 _add_scaled(dx, dy, w * scale)
         else:
-            # Every row's share in (mean, var), times n: (1-w), and w m n/n_s more for the appended
-            # rows, for mean and mean of squares alike; the rest of the row's scale dy is added.
+            # A row's share in the mean and in the mean of squares, times n, is 1-w. Appended rows
+            # have w m n/n_s more. (1 - share) scale dy is then added to each row.
             dx, dgamma, dbeta = batch_norm_backward(gamma, mean, r)
             if dx is not None:
                 rows, momentum = ctx.appended
@@ -125,41 +126,45 @@ def ref_batch_norm(
 ) -> Tensor:
     """y = gamma (x - mu) / sqrt(var + eps) + beta, (mu, var) the mixture of reference and batch
 
-    With reference weight w, batch moments mu_B, var_B and reference moments mu_R, var_R::
+    With reference weight w, batch moments mu_B, var_B and reference moments mu_R, var_R:
 
         mu  = w mu_R + (1-w) mu_B
         var = w var_R + (1-w) var_B + w (1-w) (mu_R - mu_B)^2
 
-    Gradients, with r = 1/sqrt(var+eps), xh = (x-mu) r, z = (x-mu_B)/sqrt(var_B+eps)::
+    Gradients, with r = 1/sqrt(var+eps), xh = (x-mu) r, z = (x-mu_B)/sqrt(var_B+eps):
 
         "pooled":    dx = gamma r [dy - (1-w) mean(dy) - (1-w) xh mean(dy xh)]
         "batch":     dx = gamma r [dy - mean(dy) - z mean(dy z)]
         "reference": dx = gamma r [dy - c sum(dy) - c xh sum(dy xh)]
 
-    "pooled" is the exact derivative with mu_R, var_R constant. "batch" is BN's, with the affine
-    map from z to xh held constant (Ioffe, "Batch Renormalization", 2017, section 3). "reference"
-    is the exact derivative where the last `rows` of x have been averaged into mu_R, var_R:
-    c = (1-w)/n, and w momentum / n_rows more for those rows (with w = momentum = 1 this is Virtual
-    BatchNorm: Salimans et al., "Improved Techniques for Training GANs", 2016, section 3.4).
+    "pooled" is the exact derivative with mu_R, var_R constant.
+
+    "batch" is the derivative of BN, with the affine map from z to xh held constant (Ioffe, "Batch
+    Renormalization", 2017, section 3).
+
+    "reference" is the exact derivative if the last `rows` of x were averaged into mu_R, var_R.
+    c is (1-w)/n; for those rows, w momentum / n_rows is added to it, with n_rows = rows H W. With
+    w = momentum = 1 this is Virtual BatchNorm (Salimans et al., "Improved Techniques for Training
+    GANs", 2016, section 3.4).
 
     Args:
-        x: (N, C, H, W), N > 0; float16 and bfloat16 are normalised by float32 moments.
+        x: (N, C, H, W), N > 0; float16 and bfloat16 are normalized by float32 moments.
         ref_mean, ref_var: (C,), the reference's mean and biased variance, constant.
         weight, bias: gamma and beta, (C,) or None.
         reference_weight: w in [0, 1], a number or a 0-dim tensor.
         gradient: "pooled", "batch" or "reference".
-        running_mean, running_var: (C,), updated in place by an EMA of (mu, var), where var_B
-            counts with Bessel's correction n/(n-1); not touched where None.
-        momentum: of that EMA.
+        running_mean, running_var: (C,) or None. Updated in place by an EMA of (mu, var), in which
+            var_B has Bessel's correction n/(n-1).
+        momentum: the weight of (mu, var) in that EMA.
         eps: added to the variance.
         appended: (rows, slice momentum): the last `rows` of x belong to the reference, and were
-            averaged into it with that momentum; only `gradient="reference"` reads it.
+            averaged into it with that momentum. Only `gradient="reference"` reads it.
 
     Returns:
         (N, C, H, W) in x's dtype and memory format.
 
     Raises:
-        ValueError: `gradient` is unknown; or n = 1 and w = 0, as `F.batch_norm` does.
+        ValueError: `gradient` is unknown; or n = 1 and w = 0, for which `F.batch_norm` raises too.
     """
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, not {gradient!r}")
@@ -174,7 +179,7 @@ def ref_batch_norm(
             bessel = (1 - w) * batch_var / max(n - 1, 1)
             running_mean.mul_(1 - momentum).add_(momentum * mean)
             running_var.mul_(1 - momentum).add_(momentum * (var + bessel))
-    if weight is not None:  # a half-precision module still normalises in float32
+    if weight is not None:  # a half-precision module still normalizes in float32
         weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
     return _Normalize.apply(
         x, weight, bias, mean, var, batch_mean, batch_var, w, gradient, eps, appended

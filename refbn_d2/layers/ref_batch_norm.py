@@ -1,4 +1,4 @@
-"""RefBatchNorm2d: BatchNorm whose moments are mixed with those of a fixed reference batch.
+"""Provide RefBatchNorm2d: BatchNorm with moments mixed with those of a fixed reference batch.
 
 Luo, Li, Zuo, "Improved Batch Normalization Algorithm for Deep Learning", Computer Systems &
 Applications 2020, 29(4):187-194. `functional.py` holds the arithmetic, this file the state;
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class Moments(NamedTuple):
-    """Mean and biased variance (C,) of `count` elements a channel."""
+    """Mean and biased variance (C,), taken over `count` elements per channel."""
 
     mean: Tensor
     var: Tensor
@@ -38,10 +38,10 @@ class Moments(NamedTuple):
 
 
 class Recording(enum.Enum):
-    """What a forward pass in training mode does with the reference.
+    """Modes of a forward pass in training: how it normalizes, and what it records.
 
-    Recorded moments are pooled by count over the calls of a pass. They enter the reference only
-    with `RefBatchNorm2d.commit`. Running statistics change with OFF and CONCAT only.
+    Moments recorded in several calls of a pass are pooled by count. Only `RefBatchNorm2d.commit`
+    puts them into the reference. Running statistics change only in the modes OFF and CONCAT.
     """
 
     OFF = enum.auto()
@@ -49,26 +49,27 @@ class Recording(enum.Enum):
     CAPTURE = enum.auto()
     """Normalize by the batch's own moments, and record them."""
     SLICE = enum.auto()
-    """Normalize by the reference's moments, and record the batch's."""
+    """Normalize by the reference's moments, and record the batch's. Without a reference yet:
+    as CAPTURE."""
     CONCAT = enum.auto()
-    """Normalize by the mixture. The last `concat_rows` rows belong to the reference: record their
+    """Normalize by the mixture. The last `concat_rows` rows belong to the reference. Record their
     moments, and average them into the reference for this pass."""
 
 
 class RefBatchNorm2d(nn.BatchNorm2d):
     """y = gamma (x - mu) / sqrt(var + eps) + beta, (mu, var) the mixture of reference and batch
 
-    In training mode `functional.ref_batch_norm` gives the equations. In eval mode it is
-    `torch.nn.functional.batch_norm` with the running statistics, which are an EMA of (mu, var).
-    With `reference_weight=0` it is `nn.BatchNorm2d`.
+    The mixture and the gradients in training mode are those of `functional.ref_batch_norm`. In
+    eval mode (mu, var) are the running statistics, an EMA of the (mu, var) of training. With
+    `reference_weight=0` the layer computes what `nn.BatchNorm2d` does.
 
-    State: BatchNorm2d's keys, and `ref_mean`, `ref_var` (C,), `ref_count` (int64, elements a
-    channel in the reference; 0: no reference yet). A BatchNorm2d's state dict loads: the reference
-    then starts from the running statistics, and counts as a single element. This layer's state
-    dict loads into BatchNorm2d with `strict=False`.
+    State: BatchNorm2d's keys, and `ref_mean`, `ref_var` (C,), `ref_count` (int64, elements per
+    channel in the reference; 0: no reference yet). The state dict of a BatchNorm2d loads: the
+    reference then starts from the running statistics, with a count of 1. This layer's state dict
+    loads into BatchNorm2d with `strict=False`.
 
-    A layer without a reference takes its first training batch as the reference, and says so in the
-    log. An empty batch (N = 0) passes through with zero gradients and touches no statistic.
+    A layer without a reference takes its first training batch as the reference, with a warning.
+    An empty batch (N = 0) passes through with zero gradients and changes no statistic.
 
     Args:
         num_features: C of an (N, C, H, W) input.
@@ -81,11 +82,11 @@ class RefBatchNorm2d(nn.BatchNorm2d):
             n = N * H * W, which pools the reference and the batch.
 
     Raises:
-        ValueError: `reference_weight`, `gradient` or `weighting` is none of these; or, in a forward
-            pass, w = 0 and a single element a channel.
+        ValueError: `reference_weight`, `gradient` or `weighting` has another value; or a forward
+            pass in training has w = 0 and one element per channel.
     """
 
-    # buffers, always there
+    # these buffers are never None
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -131,23 +132,23 @@ class RefBatchNorm2d(nn.BatchNorm2d):
     def start_recording(
         self, recording: Recording, concat_rows: int = 0, slice_momentum: float = 0.0
     ) -> None:
-        """Set what the forward passes from here on record, and forget what was recorded."""
+        """Set the mode of the next forward passes, and discard recorded moments."""
         self.recording = recording
         self.concat_rows = concat_rows
         self.slice_momentum = slice_momentum
         self.recorded_moments: Moments | None = None
 
     def stop_recording(self) -> Moments | None:
-        """Return to plain training passes; return what was recorded, None if nothing was."""
+        """Set the mode OFF, and return the recorded moments; None if there are none."""
         recorded = self.recorded_moments
         self.start_recording(Recording.OFF)
         return recorded
 
     @torch.no_grad()
     def commit(self, moments: Moments, momentum: float = 1.0) -> None:
-        """(mu_R, var_R) <- the moments of their mixture with `moments`, of weight `momentum`.
+        """Mix `moments` into the reference (mu_R, var_R) with weight `momentum`.
 
-        With momentum 1, or without a reference so far, `moments` become the reference.
+        With momentum 1, or without a reference yet, `moments` become the reference.
         """
         if momentum == 1 or not self.has_reference():
             mean, var = moments.mean, moments.var
@@ -161,7 +162,7 @@ class RefBatchNorm2d(nn.BatchNorm2d):
         self.ref_var.copy_(var)
 
     def has_reference(self) -> bool:
-        """Return whether there are reference moments; the device is read only once."""
+        """Return whether there are reference moments. Once there are, the device is not read."""
         if not self._has_reference:
             self._has_reference = bool(self.ref_count > 0)
         return self._has_reference
@@ -234,14 +235,14 @@ class RefBatchNorm2d(nn.BatchNorm2d):
             state_dict[prefix + "ref_var"] = state_dict[prefix + "running_var"]
             state_dict[prefix + "ref_count"] = torch.ones_like(self.ref_count)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._has_reference = False  # whatever was loaded, look again
+        self._has_reference = False  # read the loaded `ref_count` when next asked
 
 
 @functools.cache
 def _warn_no_reference() -> None:
     logger.warning(
         "A RefBatchNorm2d without a reference takes its first training batch as the reference. "
-        "Capture a reference batch before training to choose it (refbn_d2.ReferenceBatch)."
+        "To choose the reference, capture it before training (refbn_d2.ReferenceBatch)."
     )
 
 
@@ -253,5 +254,5 @@ def refbn_layers(model: nn.Module) -> Iterator[tuple[str, RefBatchNorm2d]]:
 
 
 def has_refbn(model: nn.Module) -> bool:
-    """Return whether `model` holds a RefBatchNorm2d."""
+    """Return whether `model` has a RefBatchNorm2d."""
     return any(isinstance(module, RefBatchNorm2d) for module in model.modules())

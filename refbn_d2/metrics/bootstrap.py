@@ -1,11 +1,12 @@
-"""The paired bootstrap over images: whether a difference of AP lies in the choice of test images.
+"""Test by a paired bootstrap whether the choice of test images explains a difference of AP.
 
     matches = match_images(json_file, results, "segm")
-    matches.ap(counts)              AP of a test set that holds image i counts[i] times
+    matches.ap(counts)              AP of a test set that contains image i counts[i] times
     paired_bootstrap(a.ap, b.ap, len(matches.image_ids))
 
-Every image is matched once, by COCOeval; a resample only weighs its matches. It says nothing about
-the seeds of training: give the mean over seeds as one of the two functions to compare two norms.
+Every image is matched once, by COCOeval. A resample only reweights the matches. The test says
+nothing about the variance over training seeds. To compare two norms, let the two functions return
+the mean over seeds.
 
     N       images      D   detections of a class      T   IoU thresholds (10)
     counts  (N,) how often each image is drawn; the sum is N in a resample
@@ -24,14 +25,14 @@ from refbn_d2.utils.errors import DataError
 
 
 class _Class(NamedTuple):
-    image: np.ndarray  # (D,) the index of its image, detections by falling score
+    image: np.ndarray  # (D,) index of the detection's image; detections by descending score
     hit: np.ndarray  # (T, D) bool: matched to an object
-    miss: np.ndarray  # (T, D) bool: matched to nothing; neither where it is to be ignored
-    objects: np.ndarray  # (N,) how many objects each image has
+    miss: np.ndarray  # (T, D) bool: matched to nothing; an ignored detection is neither
+    objects: np.ndarray  # (N,) number of objects in each image
 
 
 class Matches(NamedTuple):
-    """The matches of one model's detections with the objects, for AP of any choice of images."""
+    """The matches of one model's detections with the objects, for the AP of any set of images."""
 
     image_ids: list[int]  # index in `counts` -> the json's image id
     classes: list[_Class]
@@ -39,17 +40,17 @@ class Matches(NamedTuple):
     recalls: np.ndarray  # (101,) where the precision is read
 
     def ap(self, counts: np.ndarray | None = None, iou: float | None = None) -> float:
-        """Return AP in percent, of objects of all sizes; nan where the images have no objects.
+        """Return AP in percent, over objects of all sizes; nan if the images have no objects.
 
-        Equals COCOeval on a dataset in which image i stands counts[i] times. Only detections of
-        one image with equal scores may be ordered in another way.
+        It equals COCOeval's AP on a dataset that contains image i counts[i] times. Only the order
+        of detections of one image with equal scores may differ.
 
         Args:
             counts: (N,) how often each image counts; None: once.
             iou: one of the thresholds, .50, .55, ... .95; None: the mean over all.
 
         Raises:
-            DataError: `iou` is none of the thresholds.
+            DataError: `iou` is not one of the thresholds.
         """
         counts = np.ones(len(self.image_ids)) if counts is None else np.asarray(counts, float)
         chosen = slice(None) if iou is None else np.isclose(self.thresholds, iou)
@@ -60,7 +61,7 @@ class Matches(NamedTuple):
         return 100 * float(np.mean(defined)) if defined else float("nan")
 
     def _precision(self, c: _Class, counts: np.ndarray, chosen) -> np.ndarray | None:
-        """One class's precision (T, 101) at each recall; None without objects."""
+        """Return one class's precision (T, 101) at each recall; None without objects."""
         objects = counts @ c.objects
         if objects == 0:
             return None
@@ -68,7 +69,7 @@ class Matches(NamedTuple):
         hits = np.cumsum(c.hit[chosen] * weight, axis=1)
         misses = np.cumsum(c.miss[chosen] * weight, axis=1)
         precision = hits / np.maximum(hits + misses, np.spacing(1))
-        # The best precision at this recall or a higher one; 0 beyond the highest recall.
+        # The highest precision at this recall or a higher one; 0 above the highest recall.
         precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
         precision = np.pad(precision, ((0, 0), (0, 1)))
         places = [np.searchsorted(row, self.recalls) for row in hits / objects]
@@ -78,11 +79,11 @@ class Matches(NamedTuple):
 class BootstrapDifference(NamedTuple):
     """A difference a - b over resamples of N images."""
 
-    difference: float  # on the images themselves
+    difference: float  # on the original images
     interval: tuple[float, float]  # percentiles of the resamples
     p_value: float  # two-sided: twice the share of resamples on the rarer side of 0
     n_images: int
-    n_resamples: int  # without those in which a or b is not defined
+    n_resamples: int  # only those in which a and b are defined
 
 
 def match_images(
@@ -94,7 +95,7 @@ def match_images(
 ) -> Matches:
     """Match the detections of one model with the objects of a json file, image by image.
 
-    The arguments and the errors are those of `coco_ap.evaluate`, whose AP `Matches.ap` returns.
+    Arguments and errors are those of `coco_ap.evaluate`, with one `iou_type`, "bbox" or "segm".
     """
     if not os.path.isfile(json_file):
         raise FileNotFoundError(f"{json_file}: there is no such annotation file.")
@@ -110,7 +111,7 @@ def match_images(
         evaluator.params.areaRng = evaluator.params.areaRng[:1]  # all sizes
         evaluator.params.areaRngLbl = evaluator.params.areaRngLbl[:1]
         evaluator.evaluate()
-    n = len(image_ids)  # evalImgs: class by class, image by image
+    n = len(image_ids)  # evalImgs has all images of a class, then those of the next
     per_class = (evaluator.evalImgs[i : i + n] for i in range(0, len(evaluator.evalImgs), n))
     thresholds = evaluator.params.iouThrs
     classes = [_class(images, len(thresholds)) for images in per_class]
@@ -118,7 +119,7 @@ def match_images(
 
 
 def _class(images: Sequence[Mapping | None], n_thresholds: int) -> _Class:
-    """One class's matches; an image without its detections and objects is None."""
+    """Return one class's matches; None stands for an image without detections and objects."""
     objects = np.zeros(len(images))
     index, scores = [np.zeros(0, int)], [np.zeros(0)]
     matched, ignored = [np.zeros((n_thresholds, 0), bool)], [np.zeros((n_thresholds, 0), bool)]
@@ -147,14 +148,15 @@ def paired_bootstrap(
     Efron & Tibshirani, "An Introduction to the Bootstrap" (1993), chapters 13 and 16.
 
     Args:
-        a, b: counts (N,), how often each image is drawn, to the metric.
+        a, b: functions of counts (N,), how often each image is drawn, that return the metric.
         n_images: N, at least 2.
-        n_resamples: how often to draw N of the N images.
-        seed: of the draws.
-        confidence: of the interval.
+        n_resamples: the number of resamples, each of N images; at least 1.
+        seed: the seed of the draws.
+        confidence: the confidence of the interval.
 
     Raises:
-        DataError: there are fewer than 2 images, or the difference is not defined (no objects).
+        DataError: there are fewer than 2 images or no resamples, or the difference is not defined
+            (no objects).
     """
     if n_images < 2 or n_resamples < 1:
         raise DataError(
@@ -168,11 +170,13 @@ def paired_bootstrap(
     resampled = np.array([a(counts) - b(counts) for counts in draws])
     resampled = resampled[np.isfinite(resampled)]
     if not np.isfinite(difference) or not len(resampled):
-        raise DataError("the difference is not defined: are there images with objects?")
+        raise DataError(
+            "the difference is not defined: a or b is not finite; give images with objects"
+        )
     tail = (1 - confidence) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
     rarer = min((resampled <= 0).sum(), (resampled >= 0).sum())
-    # One more on either side: no finite number of resamples makes a p-value 0.
+    # One is added to both counts: no finite number of resamples gives a p-value of 0.
     p_value = min(1.0, 2 * (rarer + 1) / (len(resampled) + 1))
     return BootstrapDifference(
         float(difference), (float(low), float(high)), float(p_value), n_images, len(resampled)

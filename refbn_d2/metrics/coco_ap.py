@@ -1,9 +1,9 @@
-"""COCO's average precision of boxes and masks, in percent, as Detectron2's COCOEvaluator gives it.
+"""Compute COCO's average precision of boxes and masks in percent, as Detectron2's COCOEvaluator.
 
     AP    mean over the IoU thresholds .50, .55, ... .95 and the classes (AP50, AP75: one threshold)
     APs   objects under 32^2 pixels;  APm  32^2 to 96^2;  APl  above
 
-A result is a dict of COCO's result format: {"image_id", "category_id" (the json's), "bbox" (XYWH),
+A result is a dict in COCO's result format: {"image_id", "category_id" (the json's), "bbox" (XYWH),
 "score", "segmentation" (RLE)}.
 """
 
@@ -43,24 +43,27 @@ def evaluate(
     max_dets: int = 100,
     image_ids: Iterable[int] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """{"bbox": {"AP": ..., "AP50", "AP75", "APs", "APm", "APl", "AP-<class>", ...}, "segm": {...}}
+    """Return COCO's metrics in percent.
 
-    In percent; nan where the set has no such objects. Without any result, AP is 0 (a model that
-    finds nothing has found nothing; Detectron2 says nan) and a warning is logged.
+        {"bbox": {"AP": ..., "AP50", "AP75", "APs", "APm", "APl", "AP-<class>"}, "segm": {...}}
+
+    A metric is nan if the set has no such objects. Without any results AP is 0, with a warning;
+    Detectron2 returns nan.
 
     Args:
         json_file: the ground truth.
         results: COCO results of all images.
         iou_types: "bbox", "segm" or both.
-        class_names: in the order of the json's category ids; with two or more, AP of each is added.
-        max_dets: detections that count per image and class.
+        class_names: in the order of the json's category ids; with two or more, the AP of each class
+            is added.
+        max_dets: the number of detections that count per image and class.
         image_ids: the images to evaluate on; None: all.
 
     Raises:
-        FileNotFoundError: there is no such json file.
-        DataError: the json has no annotations, or no masks where masks are asked for.
-        ValueError: a result is of an image or category that the json does not have, or has not
-            what `iou_types` needs; the number of `class_names` is not the json's.
+        FileNotFoundError: the json file does not exist.
+        DataError: the json has no annotations, or "segm" is requested and it has no masks.
+        ValueError: a result is of an image or category that the json does not have, or misses a key
+            that `iou_types` needs; the number of `class_names` is not the json's.
     """
     if not os.path.isfile(json_file):
         raise FileNotFoundError(f"{json_file}: there is no such annotation file.")
@@ -70,7 +73,7 @@ def evaluate(
     check_results(json_file, truth, results, iou_types, class_names, image_ids)
     complete_truth(truth)
     if not results:
-        logger.warning("There is not one detection to evaluate on %s: AP is 0.", json_file)
+        logger.warning("There are no detections to evaluate on %s: AP is 0.", json_file)
 
     metrics = {}
     for iou_type in iou_types:
@@ -93,14 +96,14 @@ def evaluate(
 
 
 def _mean(precision: np.ndarray) -> float:
-    """In percent; COCOeval marks with -1 what is undefined."""
+    """Return the mean in percent, without undefined values, which COCOeval marks by -1."""
     precision = precision[precision > -1]
     return 100 * float(precision.mean()) if precision.size else math.nan
 
 
 @contextlib.contextmanager
 def stdout_to_log():
-    """pycocotools prints; send it where every other message goes."""
+    """Send what pycocotools prints to the log."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         yield
     logger.debug("%s", printed.getvalue().strip())
@@ -114,19 +117,24 @@ def check_results(
     class_names: Sequence[str] | None,
     image_ids: Sequence[int],
 ) -> None:
+    """Check the arguments of `evaluate` against the ground truth `truth` of `json_file`.
+
+    Raises:
+        ValueError: see `evaluate`.
+    """
     if unknown := set(iou_types) - {"bbox", "segm"}:
         raise ValueError(f'iou_types are "bbox" and "segm", not {", ".join(sorted(unknown))}.')
     if "annotations" not in truth.dataset:
         raise DataError(
-            f"{json_file} has no annotations (a test set?): there is nothing to evaluate against."
+            f"{json_file} has no annotations (a test set?): give a file with ground truth."
         )
     images, categories = set(truth.getImgIds()), set(truth.getCatIds())
     if unknown := set(image_ids) - images:
-        raise ValueError(f"{json_file} has no image {min(unknown)}; it was to be evaluated on.")
+        raise ValueError(f"{json_file} has no image {min(unknown)}: remove it from image_ids.")
     if class_names is not None and len(class_names) != len(categories):
         raise ValueError(
             f"{len(class_names)} class names were given for the {len(categories)} categories of "
-            f"{json_file}."
+            f"{json_file}: give one for each."
         )
     keys = {"bbox": "bbox", "segm": "segmentation"}
     needed = ["score", *(keys[iou_type] for iou_type in iou_types)]
@@ -142,20 +150,21 @@ def check_results(
             )
         for key in needed:
             if key not in result:
-                raise ValueError(f'Result {index} has no "{key}", which {iou_types} needs.')
+                raise ValueError(f'Result {index} has no "{key}", which {iou_types} need.')
     if "segm" in iou_types:
         for annotation in truth.dataset["annotations"]:
             if not annotation.get("segmentation"):
                 raise DataError(
                     f"{json_file}: annotation {annotation['id']} has no segmentation; evaluate "
-                    'boxes alone (iou_types=("bbox",)), or complete the file.'
+                    'only boxes (iou_types=("bbox",)), or complete the file.'
                 )
 
 
 def complete_truth(truth: COCO) -> None:
-    """Fill in what one's own files often lack, and COCOeval takes for granted.
+    """Fill in, in place, what is often missing in custom files and COCOeval needs.
 
-    It takes an object with id 0 for none, and two of one id for one: number them anew from 1.
+    Areas and "iscrowd" are added. Objects are numbered from 1, because COCOeval takes an id of 0
+    for no object, and two objects with one id for one object.
     """
     for number, annotation in enumerate(truth.dataset["annotations"], start=1):
         annotation["id"] = number
@@ -170,7 +179,10 @@ def complete_truth(truth: COCO) -> None:
 
 
 def load_results(truth: COCO, results: Sequence[Mapping], iou_type: str) -> COCO:
-    """The detections as a COCO set; masks without their boxes, for areas would be the boxes'."""
+    """Return the detections as a COCO set.
+
+    Masks are loaded without their boxes: with boxes, the areas would be those of the boxes.
+    """
     if not results:
         detections = COCO()
         detections.dataset = {**truth.dataset, "annotations": []}
@@ -186,12 +198,12 @@ def to_coco_results(
     prediction: Mapping[str, Tensor],
     contiguous_to_dataset_id: Mapping[int, int] | Sequence[int],
 ) -> list[dict]:
-    """One image's detections as COCO results, ready for json.
+    """Return one image's detections as COCO results, ready for json.
 
     Args:
-        prediction: "pred_boxes" (N, 4) XYXY, "scores" (N,), "pred_classes" (N,) from 0, and, where
+        prediction: "pred_boxes" (N, 4) XYXY, "scores" (N,), "pred_classes" (N,) from 0, and, if
             there are masks, "pred_masks" bool (N, H, W).
-        contiguous_to_dataset_id: class index to the json's category id.
+        contiguous_to_dataset_id: class index -> the json's category id.
 
     Raises:
         ConfigError: a predicted class has no category id.
@@ -203,7 +215,7 @@ def to_coco_results(
     except LookupError:
         raise ConfigError(
             f"Class {int(prediction['pred_classes'].max())} was predicted, but the dataset has "
-            f"{len(contiguous_to_dataset_id)} classes: MODEL.ROI_HEADS.NUM_CLASSES does not fit it."
+            f"{len(contiguous_to_dataset_id)} classes: set MODEL.ROI_HEADS.NUM_CLASSES to that."
         ) from None
     results = [
         {"image_id": image_id, "category_id": category, "bbox": box, "score": score}
@@ -223,11 +235,11 @@ def to_coco_results(
 def verify_results(
     expected: Sequence[Sequence], results: Mapping[str, Mapping[str, float]]
 ) -> bool:
-    """Whether all of TEST.EXPECTED_RESULTS came out; each is logged.
+    """Return whether the results match TEST.EXPECTED_RESULTS; log each.
 
     Args:
-        expected: [task, metric, value, tolerance] each, as ["bbox", "AP", 38.5, 0.2].
-        results: as `evaluate` returns them.
+        expected: a list of [task, metric, value, tolerance], such as ["bbox", "AP", 38.5, 0.2].
+        results: what `evaluate` returned.
 
     Raises:
         ConfigError: a task or a metric is not among the results.
@@ -241,7 +253,7 @@ def verify_results(
                     f"among the results, which have {', '.join(where) or 'nothing'}."
                 )
         actual = results[task][metric]
-        met = abs(actual - value) <= tolerance  # never with nan
+        met = abs(actual - value) <= tolerance  # False for nan
         level, word = (logging.INFO, "as expected") if met else (logging.ERROR, "NOT as expected")
         logger.log(
             level, "%s/%s = %.3f, %s: %s +- %s", task, metric, actual, word, value, tolerance
@@ -251,7 +263,7 @@ def verify_results(
 
 
 def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """A Markdown table: a row a metric, a column a task; "-" for nan."""
+    """Return a Markdown table with a row per metric and a column per task; "-" is nan."""
     metrics = list(dict.fromkeys(metric for task in results.values() for metric in task))
     rows = [["", *results], ["---", *["---:"] * len(results)]]
     for metric in metrics:

@@ -1,9 +1,9 @@
-"""Statistics of a study: intervals over seeds, paired differences, corruptions, steps to a value.
+"""Compute a study's statistics: intervals over seeds, paired differences, corruptions, steps.
 
-    n           the number of seeds (or of pairs of runs) that a number rests on; always there
-    interval    (low, high), by default of 95 % confidence; None where n is too small for one
+    n           the number of seeds (or of pairs of runs) that a result is based on
+    interval    (low, high), by default with 95 % confidence; None if n is too small
 
-Runs that diverged have no finite value and are refused here: report them as diverged.
+Runs that diverged have no finite value, which is an error here: report them as diverged.
 """
 
 import math
@@ -15,7 +15,7 @@ import scipy.stats
 
 from refbn_d2.utils.errors import DataError
 
-EXACT_PAIRS = 16  # up to so many pairs the sign-flip test runs through all 2^n signs
+EXACT_PAIRS = 16  # up to this number n of pairs the sign-flip test goes through all 2^n signs
 
 
 class Estimate(NamedTuple):
@@ -29,9 +29,9 @@ class Estimate(NamedTuple):
 class Difference(NamedTuple):
     """A mean difference a - b over n pairs.
 
-    With one pair, `interval` and both p-values are None. `interval` and `p_value` (paired t) are
-    also None where all differences are equal: without any spread, t says nothing. `p_sign_flip`
-    assumes no normal distribution, but cannot be under 2 / 2^n: 0.5 with 2 pairs, 0.03 with 6.
+    With one pair, `interval` and both p-values are None. If all differences are equal, `interval`
+    and `p_value` (paired t) are None: t needs some spread. `p_sign_flip` does not assume a normal
+    distribution, but it is at least 2 / 2^n: 0.5 with 2 pairs, 0.03 with 6.
     """
 
     mean: float
@@ -42,7 +42,7 @@ class Difference(NamedTuple):
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """mean +- t(n - 1) s / sqrt(n): the t interval of the mean over seeds.
+    """mean +- t(n - 1) s / sqrt(n), the t interval of the mean over seeds
 
     Raises:
         DataError: there is no value, or one is not finite.
@@ -62,7 +62,7 @@ def paired_difference(
 
     Args:
         a, b: seed -> value.
-        confidence: of the interval.
+        confidence: the confidence of the interval.
 
     Raises:
         DataError: no seed is in both, or a value is not finite.
@@ -70,8 +70,8 @@ def paired_difference(
     seeds = sorted(set(a) & set(b))
     if not seeds:
         raise DataError(
-            f"no seed is in both: the one has {sorted(a)}, the other {sorted(b)}; pairs need runs "
-            "of the same seeds"
+            f"no seed is in both: one has {sorted(a)}, the other {sorted(b)}; pairs need runs with "
+            "the same seeds"
         )
     left, right = (_finite([runs[s] for s in seeds], "values of the pairs") for runs in (a, b))
     differences = left - right
@@ -89,7 +89,7 @@ def paired_difference(
 
 
 def _sign_flip(differences: np.ndarray) -> float | None:
-    """How often the mean is at least as far from 0 when every sign is drawn; two-sided."""
+    """Return how often the mean with random signs is at least as far from 0; two-sided."""
     if len(differences) == 1:
         return None
     exact = len(differences) <= EXACT_PAIRS
@@ -109,9 +109,9 @@ def _sign_flip(differences: np.ndarray) -> float | None:
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Correct p-values for their number: p_(i) -> max over j <= i of (m - j + 1) p_(j), at most 1.
 
-    Holm, "A simple sequentially rejective multiple test procedure" (1979). A corrected value under
-    alpha is significant, with a chance of at most alpha of any false finding among all. None (no
-    test was possible) stays None and does not count in m.
+    Holm, "A simple sequentially rejective multiple test procedure" (1979). Call corrected values
+    below alpha significant: the chance of any false finding among all m is then at most alpha. None
+    (no test was possible) stays None and does not count in m.
 
     Raises:
         DataError: a p-value is not in 0-1.
@@ -129,8 +129,10 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 class UnderCorruption(NamedTuple):
+    """Mean and relative performance under corruption."""
+
     mpc: float
-    rpc: float | None  # in percent; None where the clean performance is 0
+    rpc: float | None  # in percent; None if the clean performance is 0
 
 
 def mean_performance_under_corruption(
@@ -138,8 +140,8 @@ def mean_performance_under_corruption(
 ) -> UnderCorruption:
     """mPC = mean over corruptions of the mean over severities;  rPC = 100 mPC / clean
 
-    Michaelis et al., "Benchmarking Robustness in Object Detection" (2019). Give a
-    metric that is better when it is higher: AP or accuracy, not an error.
+    Michaelis et al., "Benchmarking Robustness in Object Detection" (2019). Use a metric for which
+    higher is better: AP or accuracy, not an error.
 
     Args:
         clean: the performance on clean pictures.
@@ -149,7 +151,7 @@ def mean_performance_under_corruption(
         DataError: there is no corruption, they have different severities, or a value is not finite.
     """
     if not corrupted:
-        raise DataError("there is no corruption to take the mean of")
+        raise DataError("there is no corruption to average over; give 1 or more")
     rows = {
         name: dict(values) if isinstance(values, Mapping) else dict(enumerate(values, start=1))
         for name, values in corrupted.items()
@@ -159,7 +161,7 @@ def mean_performance_under_corruption(
         if sorted(row) != severities:
             raise DataError(
                 f"{name} has severities {sorted(row)}, {first} has {severities}; the mean needs "
-                "the same of each"
+                "the same severities for all"
             )
     means = [_finite(list(row.values()), f"values of {name}").mean() for name, row in rows.items()]
     (clean,) = _finite([clean], "clean values")
@@ -178,16 +180,16 @@ def steps_to(
     """Return the first step at which the mean of the last `window` values reaches `target`.
 
     Args:
-        steps, values: the curve, in order; values that are not finite reach nothing.
-        target: the value to reach, itself included.
+        steps, values: the curve, in order. Values that are not finite do not reach the target.
+        target: the value to reach; a mean equal to it counts.
         below: True for a loss or an error, False for AP or accuracy.
-        window: the number of points to average; the first window - 1 points are not judged.
+        window: the number of points to average; the first window - 1 points are not tested.
 
     Returns:
         The step, or None if it is never reached.
 
     Raises:
-        DataError: the curve's lengths differ, its steps do not increase, or the window is under 1.
+        DataError: the curve's lengths differ, its steps do not increase, or the window is below 1.
     """
     steps, values = np.asarray(steps, float), np.asarray(values, float)
     if steps.ndim != 1 or steps.shape != values.shape:

@@ -1,6 +1,6 @@
-"""RefBN in anyone's Detectron2, which this package imports."""
+"""Add RefBN to Detectron2. Importing this module imports Detectron2."""
 
-from refbn_d2.plugin.registration import (  # first: checks Detectron2
+from refbn_d2.plugin.registration import (  # first, because it checks Detectron2
     PluginError,
     register,
     unregister,

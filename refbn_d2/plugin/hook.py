@@ -1,6 +1,6 @@
-"""The reference batch in Detectron2's training loops: as a hook of its trainers, or by hand.
+"""Run the reference batch in Detectron2's training loops: by a trainer hook, or by hand.
 
-A loop without trainer (Detectron2's `tools/plain_train_net.py`)::
+In a loop without a trainer (Detectron2's `tools/plain_train_net.py`):
 
     reference = reference_batch(model, data_loader, refbn_options(cfg), cfg.DATASETS.TRAIN)
     with EventStorage(start_iter) as storage:
@@ -41,22 +41,26 @@ logger = logging.getLogger(__name__)
 
 
 class ReferenceBatchHook(HookBase):
-    """Chooses the reference batch of a training run, captures it, and keeps it current.
+    """Choose the reference batch of a training run, capture it, and refresh it.
 
-    The images come from the trainer's own data loader, through its own mapper. Which they are, and
-    where the next slice begins, is saved in the checkpoint and found again on resumption; the
-    moments are in the model's state. All workers get the same references.
+    The images come from the trainer's data loader and its mapper. The checkpoint names the images
+    and the position of the next slice, so that a resumed run finds them again. The moments are in
+    the model's state. All workers get the same references.
 
-    `import refbn_d2` adds this hook to every trainer whose model has RefBN layers (DefaultTrainer,
-    and SimpleTrainer and AMPTrainer in LazyConfig scripts). Register one yourself to give it other
-    options or images; it takes the place of that one.
+    `import refbn_d2` adds this hook to every trainer whose model has RefBN layers: DefaultTrainer,
+    and SimpleTrainer and AMPTrainer in LazyConfig scripts. To use other options or images, register
+    a hook yourself; it replaces that one.
 
     Args:
-        options: by default those of the trainer's `cfg`; without a `cfg`, the defaults, and each
-            layer's own reference_weight, weighting and gradient (as where `options` has None).
+        options: by default those of the trainer's `cfg`. Without a `cfg`, the defaults, with each
+            layer's own reference_weight, weighting and gradient. A layer also keeps its own where
+            `options` has None.
         dataset: dataset dicts to choose from, with "file_name"; by default those of the trainer's
-            data loader, which then must be one of build_detection_train_loader's.
+            data loader, which must then come from build_detection_train_loader.
         mapper: dataset dict -> sample; by default the data loader's.
+
+    Raises:
+        ValueError: only one of `dataset` and `mapper` is given.
     """
 
     def __init__(
@@ -73,12 +77,11 @@ class ReferenceBatchHook(HookBase):
         self._state: dict = {}  # of a checkpoint
 
     def before_train(self) -> None:
-        """Choose and capture; in a resumed run, find again what the checkpoint names.
+        """Choose and capture the reference; in a resumed run, find the checkpoint's images again.
 
         Raises:
-            ConfigError: there are too few images, or workers hold different ones.
-            DataError: an image has changed.
-            TypeError: the data loader holds no dataset dicts to choose from.
+            ConfigError: there are too few images, one has changed, or workers have different ones.
+            TypeError: the data loader has no dataset dicts to choose from.
         """
         trainer, options, names = self.trainer, self.options, ()
         self._put_in_front()
@@ -92,7 +95,7 @@ class ReferenceBatchHook(HookBase):
         inner = getattr(trainer, "_trainer", trainer)  # DefaultTrainer's
         autocast = nullcontext
         if isinstance(inner, AMPTrainer):
-            precision = getattr(inner, "precision", torch.float16)  # release 0.6 has no choice
+            precision = getattr(inner, "precision", torch.float16)  # release 0.6 always has float16
             autocast = functools.partial(torch.autocast, "cuda", precision)
         images = self.images or _images(trainer.data_loader)
         self.reference = _reference_batch(
@@ -112,23 +115,26 @@ class ReferenceBatchHook(HookBase):
         self.reference.after_step()
 
     def state_dict(self) -> dict:
-        """What the reference batch is, and where the next slice begins; {} before it is chosen."""
+        """Return the reference's identity and the next slice's position; {} before it is chosen."""
         return self.reference.state_dict() if self.reference else self._state
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on with the reference batch that `state` names; takes effect when training starts."""
+        """Continue with the reference batch of `state`, once training starts."""
         self._state = state
 
     def _put_in_front(self) -> None:
-        """Before what saves or evaluates the model; behind the timer, which is to count this."""
+        """Move this hook before those that save or evaluate the model.
+
+        It stays after the timer, which measures it too.
+        """
         others = [hook for hook in self.trainer._hooks if hook is not self]
         place = int(bool(others) and isinstance(others[0], IterationTimer))
-        # A list of its own: the trainer is going through the old one.
+        # A new list: the trainer is iterating over the old one.
         self.trainer._hooks = [*others[:place], self, *others[place:]]
 
 
 def _log_as_detectron2() -> None:
-    """In scripts that have set up Detectron2's log alone, ours goes there."""
+    """Log to Detectron2's handlers if the script has set up only those."""
     ours = logging.getLogger("refbn_d2")
     if not ours.handlers:
         for handler in logging.getLogger("detectron2").handlers:
@@ -143,25 +149,25 @@ def reference_batch(
     dataset_names: Sequence[str] = (),
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> ReferenceBatch:
-    """The reference batch of a training loop that has no hooks.
+    """Return the reference batch of a training loop without hooks.
 
     Args:
-        model: one of Detectron2's, also as wrapped by DistributedDataParallel.
-        data_loader: build_detection_train_loader's; images and mapper are taken from it.
+        model: a model of Detectron2; it may be wrapped by DistributedDataParallel.
+        data_loader: from build_detection_train_loader; images and mapper are taken from it.
         options: `refbn_d2.config.refbn_options(cfg)`.
         dataset_names: for log and checkpoint.
-        autocast: makes the context that training runs its forward pass in.
+        autocast: returns the context in which training runs its forward pass.
 
     Raises:
-        ConfigError: there are too few images, or workers hold different ones.
-        TypeError: the data loader holds no dataset dicts to choose from.
+        ConfigError: there are too few images, or workers have different ones.
+        TypeError: the data loader has no dataset dicts to choose from.
     """
     images = _images(data_loader)
     return _reference_batch(unwrapped(model), images, options, dataset_names, autocast, {})
 
 
 class _Images(NamedTuple):
-    """What a reference batch is chosen from."""
+    """The images that a reference batch is chosen from."""
 
     dicts: Sequence[dict]
     mapper: Callable[[dict], dict | None]
@@ -169,7 +175,7 @@ class _Images(NamedTuple):
 
 
 class _WithFiles(Sequence):
-    """Dataset dicts whose files `select_reference` reads as Detectron2 does, from anywhere."""
+    """Dataset dicts whose files `select_reference` reads by Detectron2's PathManager."""
 
     def __init__(self, dicts: Sequence[dict]) -> None:
         self.dicts = dicts
@@ -188,7 +194,7 @@ class _WithFiles(Sequence):
 
 
 def _images(data_loader: Iterable) -> _Images:
-    """What is inside of a loader of build_detection_train_loader."""
+    """Return the dataset dicts and the mapper inside a loader of build_detection_train_loader."""
     grouped, inside = False, data_loader
     while inside is not None and not isinstance(inside, MapDataset):
         grouped = grouped or isinstance(inside, AspectRatioGroupedDataset)
@@ -197,7 +203,7 @@ def _images(data_loader: Iterable) -> _Images:
         raise TypeError(
             f"RefBN cannot choose a reference batch from a {type(data_loader).__name__}: it needs "
             "dataset dicts that can be indexed, as in build_detection_train_loader. Register "
-            "refbn_d2.plugin.ReferenceBatchHook(dataset=..., mapper=...) with some of your own."
+            "refbn_d2.plugin.ReferenceBatchHook(dataset=..., mapper=...) with your own."
         )
     return _Images(inside._dataset, inside._map_func, grouped)
 
@@ -219,7 +225,7 @@ def _reference_batch(
         ]
 
     def forward(samples: list[dict]) -> None:
-        # Its own storage, thrown away; not at iteration 0, when pictures would be drawn.
+        # A separate storage, not kept. At iteration 0 Detectron2 would draw pictures.
         with EventStorage(1), autocast():
             model(samples)
 
@@ -240,11 +246,11 @@ def _sample(images: _Images, index: int) -> dict:
     if sample is None:
         raise DataError(
             f"The mapper gives no sample for {dataset_dict['file_name']}, an image of the reference"
-            " batch. Leave it out of the training set, or choose others by MODEL.REFBN.SEED."
+            " batch. Remove it from the training set, or choose other images by MODEL.REFBN.SEED."
         )
     return sample
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of DistributedDataParallel."""
+    """Return the model inside DistributedDataParallel, or `model` itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model

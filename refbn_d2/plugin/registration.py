@@ -1,15 +1,15 @@
-"""RefBN inside Detectron2: `MODEL.RESNETS.NORM: RefBN`, in every script that imports this package.
+"""Register RefBN with Detectron2: scripts that import refbn_d2 can set `MODEL.RESNETS.NORM: RefBN`.
 
-`register` does all of it, and `unregister` undoes it:
+`register` makes all of these changes, and `unregister` undoes them:
 
-    get_norm                    knows "RefBN" and its peers, for whoever imported it, at any time
-    RetinaNetHead               gives them one layer a pyramid level, as it gives BN
+    get_norm                    knows "RefBN" and its peers, also where it was imported before
+    RetinaNetHead               gives them one layer per pyramid level, as it does for BN
     training loaders            read DATALOADER.BATCH_COMPOSITION
-    build_model                 reads MODEL.REFBN into the layers, links CBN and MABN to their
+    build_model                 sets the layers by MODEL.REFBN, links CBN and MABN to their
                                 convolutions, and registers DATASETS.REGISTER
-    config defaults             hold MODEL.REFBN and DATASETS.REGISTER
-    TrainerBase.register_hooks  adds a `ReferenceBatchHook` where the model has RefBN
-    DatasetCatalog              knows `shapes_train` and its siblings
+    config defaults             have MODEL.REFBN and DATASETS.REGISTER
+    TrainerBase.register_hooks  adds a `ReferenceBatchHook` if the model has RefBN
+    DatasetCatalog              knows `shapes_train` and the other shapes
 """
 
 import functools
@@ -31,7 +31,7 @@ from refbn_d2.layers.peers import PEERS, prepare_peers
 from refbn_d2.plugin.patching import originals, replace_attribute, replace_code
 from refbn_d2.utils.errors import ConfigError
 
-# From the file: while an environment module runs, the package does not have it yet.
+# Read from the file: while an environment module runs, the package has no __version__ yet.
 _VERSION = re.search(r"__version__ = [\"'](.+)[\"']", Path(detectron2.__file__).read_text())
 _VERSION = f"Detectron2 {_VERSION[1] if _VERSION else 'of unknown version'}"
 _WAY_OUT = (
@@ -55,24 +55,24 @@ NORMS: dict[str, type[nn.BatchNorm2d]] = {"RefBN": RefBatchNorm2d, **PEERS}  # b
 
 logger = logging.getLogger(__name__)
 
-_undo: list[Callable[[], None]] = []  # what takes the registration back, in the order it was made
-_added: weakref.WeakSet = weakref.WeakSet()  # hooks that nobody asked for
+_undo: list[Callable[[], None]] = []  # undoes each step of the registration, in the order made
+_added: weakref.WeakSet = weakref.WeakSet()  # hooks that were added here, not by the user
 
 
 class PluginError(ImportError):
-    """This Detectron2 is not one that RefBN can be registered with."""
+    """Error: RefBN cannot be registered with this version of Detectron2."""
 
 
 def register() -> None:
-    """Let Detectron2 know RefBN. The second call changes nothing.
+    """Register RefBN with Detectron2. A second call changes nothing.
 
     Raises:
-        PluginError: a part of Detectron2 has another shape than expected; nothing was registered.
+        PluginError: a part of Detectron2 is not as expected; then nothing is registered.
     """
     if _undo:
         return
     _check()
-    head = RetinaNetHead.__init__.__wrapped__  # behind @configurable
+    head = RetinaNetHead.__init__.__wrapped__  # without @configurable
     try:
         _undo.append(replace_code(batch_norm.get_norm, _get_norm))
         _undo.append(replace_code(build.build_model, _build_model))
@@ -82,7 +82,7 @@ def register() -> None:
         _undo.append(replace_attribute(TrainerBase, "register_hooks", hooks))
         _undo.append(_add_keys(defaults._C))
         for name in catalog.SHAPES:
-            if name not in DatasetCatalog.list():  # somebody's own
+            if name not in DatasetCatalog.list():  # the name may be taken
                 _undo.append(_add_dataset(name))
     except BaseException:
         unregister()
@@ -90,7 +90,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Leave Detectron2 as it was before `register`."""
+    """Restore Detectron2 as it was before `register`."""
     while _undo:
         _undo.pop()()
     originals.clear()
@@ -100,8 +100,8 @@ def _check() -> None:
     def expect(fits: bool, what: str) -> None:
         if not fits:
             raise PluginError(
-                f"{_VERSION} ({detectron2.__file__}) has another shape than RefBN can be registered"
-                f" with: expected {what}. {_WAY_OUT}"
+                f"RefBN cannot be registered with {_VERSION} ({detectron2.__file__}): expected "
+                f"{what}. {_WAY_OUT}"
             )
 
     def arguments(function: Callable) -> list[str] | None:
@@ -111,7 +111,7 @@ def _check() -> None:
     def made(norm: str) -> nn.Module | None:
         try:
             return batch_norm.get_norm(norm, 4)
-        except Exception:  # a KeyError, of the norms that it does not know
+        except Exception:  # a KeyError for unknown norms
             return None
 
     expect(
@@ -145,8 +145,8 @@ def _check() -> None:
     )
 
 
-# ---- the parts. Of a function that other modules have imported by name, the code is replaced, so
-# that it stays the same object. Its globals stay Detectron2's: it imports what it calls.
+# ---- the parts. Other modules have imported these functions by name, so the code is replaced and
+# the function object stays. Its globals stay Detectron2's, so the new code imports what it calls.
 
 
 def _get_norm(norm, out_channels):
@@ -156,7 +156,7 @@ def _get_norm(norm, out_channels):
 
 
 def norm_layer(norm, out_channels: int) -> nn.Module | None:
-    """What `detectron2.layers.get_norm` returns while RefBN is registered."""
+    """Return the layer of a norm: `detectron2.layers.get_norm` while RefBN is registered."""
     if isinstance(norm, str) and norm in NORMS:
         return NORMS[norm](out_channels)
     return originals["get_norm"](norm, out_channels)
@@ -169,10 +169,10 @@ def _build_model(cfg):
 
 
 def model_of(cfg) -> nn.Module:
-    """What `detectron2.modeling.build_model` returns while RefBN is registered.
+    """Build the model: `detectron2.modeling.build_model` while RefBN is registered.
 
     Raises:
-        ConfigError: a key of MODEL.REFBN or DATASETS.REGISTER holds what it may not.
+        ConfigError: a key of MODEL.REFBN or DATASETS.REGISTER has a value that is not allowed.
     """
     options = refbn_options(cfg)
     register_datasets(cfg)
@@ -202,7 +202,7 @@ def loader_arguments(cfg, mapper=None, *, dataset=None, sampler=None) -> dict:
 
 
 def _one_layer_a_level(init: Callable) -> Callable:
-    """RetinaNetHead's constructor: our norms, as BN, get moments of their own for each level."""
+    """Wrap RetinaNetHead's constructor: our norms, as BN, have separate moments on each level."""
 
     @configurable
     @functools.wraps(init)
@@ -220,16 +220,16 @@ def _one_layer_a_level(init: Callable) -> Callable:
 
 
 def _with_reference_hook(register_hooks: Callable) -> Callable:
-    """TrainerBase.register_hooks: trainers of RefBN models get a ReferenceBatchHook."""
+    """Wrap TrainerBase.register_hooks: trainers of RefBN models get a ReferenceBatchHook."""
 
     @functools.wraps(register_hooks)
     def wrapped(self, hooks):
         given = [hook for hook in hooks if isinstance(hook, ReferenceBatchHook)]
-        if given:  # it takes the place of one that was added here, and the checkpoint's state
+        if given:  # it replaces a hook that was added here, and takes over the checkpoint's state
             for hook in _added.intersection(self._hooks):
                 self._hooks.remove(hook)
                 given[0].load_state_dict(hook.state_dict())
-        elif _lacks_reference_hook(self):
+        elif _needs_reference_hook(self):
             hook = ReferenceBatchHook()
             _added.add(hook)
             hooks = [hook, *hooks]
@@ -238,7 +238,7 @@ def _with_reference_hook(register_hooks: Callable) -> Callable:
     return wrapped
 
 
-def _lacks_reference_hook(trainer: TrainerBase) -> bool:
+def _needs_reference_hook(trainer: TrainerBase) -> bool:
     model = getattr(trainer, "model", None)
     return (
         model is not None
@@ -259,7 +259,7 @@ def _add_keys(cfg) -> Callable[[], None]:
 
 
 def _add_dataset(name: str) -> Callable[[], None]:
-    """Detectron2's catalogs get a dataset of ours; a `shapes_*` set is made when it is read."""
+    """Add one of our datasets to Detectron2's catalogs; a `shapes_*` set is made when read."""
     dataset = catalog.find(name)
     files = {"json_file": str(dataset.json_file), "image_root": str(dataset.image_root)}
 
@@ -277,10 +277,10 @@ def _add_dataset(name: str) -> Callable[[], None]:
 
 
 def register_datasets(cfg) -> None:
-    """Detectron2's catalogs get DATASETS.REGISTER: ((name, json file, image folder), ...).
+    """Add DATASETS.REGISTER to Detectron2's catalogs: ((name, json file, image folder), ...).
 
     Raises:
-        ConfigError: an entry has another form, or its name is taken by other data.
+        ConfigError: an entry does not have this form, or its name is used by other data.
     """
     register()
     catalog.register_from_config(cfg)

@@ -1,4 +1,4 @@
-"""The reference batch: which images it is, and their moments in every RefBN layer."""
+"""Select the images of the reference batch, and keep their moments in every RefBN layer."""
 
 from refbn_d2.reference.batch import ReferenceBatch
 from refbn_d2.reference.detection import image_rows

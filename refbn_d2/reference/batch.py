@@ -1,6 +1,6 @@
-"""The reference batch in a model: captured, and kept true to the moving weights.
+"""Capture the reference batch in a model, and refresh its moments as the weights change.
 
-In a training loop::
+In a training loop:
 
     model = convert_to_refbn(model)
     reference = ReferenceBatch(model, images)  # (N, C, H, W), or a list of the model's samples
@@ -34,43 +34,44 @@ logger = logging.getLogger(__name__)
 
 
 class ReferenceBatch:
-    """Run the reference batch through a model, and keep its RefBN layers' reference moments.
+    """Run the reference batch through a model, and keep the reference moments of its RefBN layers.
 
-    `options.refresh` says when, `options.refresh_period` how often (`docs/algorithm.md` has the
-    equations):
+    `options.refresh` says how the moments are refreshed, `options.refresh_period` every how many
+    steps (equations: `docs/algorithm.md`):
 
-        "static"  captured once, before training.
-        "full"    the whole batch is captured again every period.
-        "slice"   every period the next `slice_size` images run through the model without gradient,
-                  and their moments are averaged into the reference with `slice_momentum`.
-        "concat"  every period the next slice is appended to the input of `concat_to`, and dropped
-                  from its output; layers outside of `concat_to` take "slice".
+        "static"  never: they are captured once, before training.
+        "full"    the whole batch is captured again.
+        "slice"   the next `slice_size` images run through the model without gradient. Their
+                  moments are averaged into the reference with weight `slice_momentum`.
+        "concat"  the next slice is appended to the input of `concat_to`, and dropped from its
+                  output. Layers outside of `concat_to` take "slice".
 
-    Several workers (torch.distributed) share a slice: each runs ceil(slice_size / workers) images
-    of its own; a whole reference is run by every worker. Either way one all-reduce of all layers'
-    moments makes the references equal. No other step communicates, except those in which a layer
-    that the reference batch did not reach (a head without RoIs) takes its first batch as reference.
+    Several workers (torch.distributed) share a slice: each runs its own ceil(slice_size / workers)
+    images of it. The whole reference is run by every worker. In both cases one all-reduce of all
+    layers' moments makes the references equal. Other steps do not communicate. The exception is a
+    step in which a layer that the reference batch did not reach (a head without RoIs) may take its
+    first training batch as the reference.
 
     Args:
-        model: holds the RefBatchNorm2d layers; not wrapped by DistributedDataParallel.
+        model: has RefBatchNorm2d layers; not wrapped by DistributedDataParallel.
         images: the reference images: a tensor (N, C, H, W), normalized as in training, or a list of
             samples as the model takes them in training (dicts with "image" for Detectron2,
-            (image, target) for torchvision's detectors), or (image, label) of a classifier's set.
-        options: by default those of `RefBNOptions`, with as many images as there are, each layer's
-            own weight and gradient, and "slice" where nothing can be appended.
-        forward: run the model on a list of samples (under autocast where training does). Called in
-            training mode and without gradient; what it returns is dropped.
+            (image, target) for torchvision's detectors), or (image, label) of a classification set.
+        options: by default those of `RefBNOptions`, with `num_images` the number of `images`, each
+            layer's own weight and gradient, and "slice" if nothing can be appended.
+        forward: runs the model on a list of samples, under autocast if training does. It is called
+            in training mode and without gradient. What it returns is not used.
         identity: what `select_reference` returned; by default a fingerprint of the images.
         concat_to: the module whose input a slice is appended to ("concat" only): a detector's
             backbone, or a classifier itself. Its first argument is the batch (N, C, H, W), and
             every tensor that it returns has N rows.
-        rows: (samples, batch) -> their rows (k, C, H, W), normalized, as large as the batch's
-            ("concat" only).
+        rows: (samples, batch) -> the samples as rows (k, C, H, W), normalized, with the batch's
+            height and width ("concat" only).
 
-    The last four are inferred from the model and the images where they are not given.
+    `forward`, `concat_to` and `rows` are inferred from the model and the images by default.
 
     Raises:
-        ConfigError: workers hold different reference batches, or "concat" has nothing to append to.
+        ConfigError: workers have different reference batches, or "concat" has nothing to append to.
         ValueError: the model has no RefBatchNorm2d, or there are no images.
     """
 
@@ -87,9 +88,12 @@ class ReferenceBatch:
     ) -> None:
         self._layers = dict(refbn_layers(model))
         if not self._layers:
-            raise ValueError("The model has no RefBatchNorm2d layer that could take a reference.")
+            raise ValueError(
+                "The model has no RefBatchNorm2d layer, so it cannot take a reference. Convert it "
+                "with convert_to_refbn, or set its norms to RefBN."
+            )
         if len(images) == 0:
-            raise ValueError("A reference batch needs images, and there are none.")
+            raise ValueError("A reference batch needs images, but there are none: give 1 or more.")
         _remove_hooks_of_others(model)
         self.model, self.samples = model, list(images)
         if forward:
@@ -108,7 +112,7 @@ class ReferenceBatch:
         self._appended: list[Sample] = []  # the slice in flight
         self._was_appended = False  # in this step
         self._beside: dict[str, Moments | None] = {}  # recorded outside of `concat_to` in this step
-        self._missed: list[RefBatchNorm2d] = []  # without a reference so far
+        self._missed: list[RefBatchNorm2d] = []  # without a reference yet
         self._concat_layers: dict[str, RefBatchNorm2d] = {}
         for layer in self._layers.values():
             layer.stop_recording()
@@ -122,14 +126,14 @@ class ReferenceBatch:
             self._concat_layers = {n: m for n, m in self._layers.items() if m in inside}
 
     def begin(self) -> None:
-        """Give every layer its reference before the first step of a run, by options.reference.
+        """Give every layer its reference before the first step of a run, by `options.reference`.
 
-        "dataset": `capture`. "checkpoint": the layers keep the reference that a checkpoint brought
-        (a BN checkpoint's is its running statistics); those without one take the batch's. The first
-        `before_step` calls this where nobody has.
+        With "dataset" the reference is captured. With "checkpoint" the layers keep the reference
+        of the checkpoint (for a BN checkpoint, its running statistics). Layers without one take
+        the moments of the reference batch. The first `before_step` calls `begin` if nobody has.
 
         Raises:
-            ConfigError: "checkpoint", and no layer has a reference.
+            ConfigError: `options.reference` is "checkpoint", but no layer has a reference.
         """
         without = list(self._layers)
         if self.options.reference == "dataset":
@@ -138,10 +142,11 @@ class ReferenceBatch:
             without = [name for name, m in self._layers.items() if not m.has_reference()]
             if len(without) == len(self._layers):
                 raise ConfigError(
-                    'MODEL.REFBN.REFERENCE is "checkpoint", but no RefBN layer has got a reference:'
-                    ' name a checkpoint that has one in MODEL.WEIGHTS, or set it to "dataset".'
+                    'MODEL.REFBN.REFERENCE is "checkpoint", but no RefBN layer has a reference. '
+                    "Set MODEL.WEIGHTS to a checkpoint that has one, or MODEL.REFBN.REFERENCE to "
+                    '"dataset".'
                 )
-            if without:  # the others normalize by what they have
+            if without:  # the other layers normalize by the reference they have
                 recorded = self._run(self.samples, Recording.SLICE)
                 self._commit({name: recorded[name] for name in without}, captured=True)
         self._begun = True
@@ -152,19 +157,20 @@ class ReferenceBatch:
         )  # fmt: skip
 
     def capture(self) -> None:
-        """Normalize the reference by its own moments in every layer, and keep these.
+        """Capture the reference: run it, normalized by its own moments, and keep these.
 
-        No parameter, gradient, running statistic, training flag or random state changes.
+        Nothing else changes: no parameter, gradient, running statistic, training flag or random
+        state.
         """
         self._commit(self._run(self.samples, Recording.CAPTURE), captured=True)
         self._begun = True
 
     @contextmanager
     def step(self, iteration: int | None = None) -> Iterator[None]:
-        """Put this around forward and backward pass of a training step.
+        """Wrap the forward and the backward pass of a training step.
 
         Args:
-            iteration: of the run, from 0; by default counted by itself.
+            iteration: the step's number in the run, from 0; by default ReferenceBatch counts.
         """
         self.before_step(iteration)
         try:
@@ -175,11 +181,15 @@ class ReferenceBatch:
         self.after_step()
 
     def before_step(self, iteration: int | None = None) -> None:
-        """Prepare a training step; call it before the forward pass. Arguments as `step`'s."""
+        """Prepare a training step; call this before the forward pass.
+
+        Args:
+            iteration: the step's number in the run, from 0; by default ReferenceBatch counts.
+        """
         if iteration is None:
             iteration = self.iteration
         self.iteration = iteration + 1
-        self._abandon_slice()  # of a step that failed
+        self._abandon_slice()  # left by a step that failed
         if not self._begun:
             self.begin()
         refresh = self.options.refresh
@@ -200,18 +210,18 @@ class ReferenceBatch:
         self._beside = {n: m for n, m in recorded.items() if n not in self._concat_layers}
         for layer in self._concat_layers.values():
             layer.start_recording(Recording.CONCAT, len(samples), self.options.slice_momentum)
-        module: Any = self._inputs.concat_to  # there, as the constructor made sure
+        module: Any = self._inputs.concat_to  # not None: the constructor checked it
         self._hooks = [
             module.register_forward_pre_hook(self._append_rows, prepend=True),
             module.register_forward_hook(self._drop_rows, prepend=True),
         ]
 
     def after_step(self) -> None:
-        """Finish a training step; call it after the backward pass.
+        """Finish a training step; call this after the backward pass.
 
         Raises:
-            RuntimeError: the slice was not appended, since `concat_to` was run by its `forward`
-                or by its parts, not called.
+            RuntimeError: the slice was not appended, because only the `forward` or a part of
+                `concat_to` was called, not the module.
         """
         if self._appended:
             was_appended = self._was_appended
@@ -220,19 +230,19 @@ class ReferenceBatch:
                 module = type(self._inputs.concat_to).__name__
                 raise RuntimeError(
                     f"The slice of the reference could not be appended: {module} was not called, "
-                    "only its forward or a part of it. Call the module itself "
-                    '(backbone(x), not backbone.forward(x)), or set MODEL.REFBN.REFRESH "slice".'
+                    "only its forward or a part of it. Call the module itself (backbone(x), not "
+                    'backbone.forward(x)), or set MODEL.REFBN.REFRESH to "slice".'
                 )
             self._commit(self._beside | recorded)
         if self._missed:
             self._share_first_batches()
 
     def state_dict(self) -> dict:
-        """Return identity and position in plain containers; the moments are the model's state."""
+        """Return identity and position in plain containers; the model's state has the moments."""
         return {**self.identity, "position": self.position, "iteration": self.iteration}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on with the slice and the step that `state` names.
+        """Continue with the slice and the step of `state`.
 
         Raises:
             ConfigError: `state` is of another reference batch.
@@ -254,7 +264,7 @@ class ReferenceBatch:
         return [self.samples[(start + i) % len(self.samples)] for i in range(share)]
 
     def _run(self, samples: list[Sample], recording: Recording) -> dict[str, Moments | None]:
-        """Return what the layers recorded in one pass of the model over `samples`."""
+        """Run the model once on `samples`; return the moments that each layer recorded."""
         for layer in self._layers.values():
             layer.start_recording(recording)
         try:
@@ -265,9 +275,9 @@ class ReferenceBatch:
         return recorded
 
     def _commit(self, recorded: dict[str, Moments | None], captured: bool = False) -> None:
-        """Take what was recorded into the references, the same on every worker."""
+        """Put the recorded moments into the references, the same on every worker."""
         layers = [self._layers[name] for name in recorded]
-        # A whole reference is run by every worker: its count is theirs on average.
+        # Every worker runs the whole reference: its count is the mean of theirs, not the sum.
         pooled = pool_over_workers(list(recorded.values()), layers, average_count=captured)
         for layer, moments in zip(layers, pooled, strict=True):
             if moments is not None:
@@ -276,13 +286,13 @@ class ReferenceBatch:
         if captured and missed:
             self._missed = [m for n in missed if not (m := self._layers[n]).has_reference()]
             logger.warning(
-                "The reference batch did not reach %s (no RoIs, or not in training mode). Without "
-                "a reference a layer takes its first training batch that is not empty.",
+                "The reference batch did not reach %s (no RoIs, or not in training mode). Such a "
+                "layer takes its first training batch that is not empty as the reference.",
                 ", ".join(missed),
             )
 
     def _share_first_batches(self) -> None:
-        """Pool over the workers what layers took as their reference from their first batch."""
+        """Pool over the workers the references that layers took from their first batch."""
         firsts = [
             Moments(layer.ref_mean, layer.ref_var, int(layer.ref_count))
             if layer.has_reference()
@@ -299,7 +309,7 @@ class ReferenceBatch:
         if not module.training:
             return None
         batch, *rest = args
-        assert self._inputs.rows is not None  # the constructor made sure
+        assert self._inputs.rows is not None  # the constructor checked it
         rows = self._inputs.rows(self._appended, batch).to(batch)
         if batch.is_contiguous(memory_format=torch.channels_last):
             rows = rows.contiguous(memory_format=torch.channels_last)
@@ -310,7 +320,7 @@ class ReferenceBatch:
         return without_last_rows(output, len(self._appended)) if module.training else None
 
     def _abandon_slice(self) -> dict[str, Moments | None]:
-        """Take the slice in flight out of the model; return what the layers recorded of it."""
+        """Remove the hooks of the slice in flight; return what the layers recorded of it."""
         while self._hooks:
             self._hooks.pop().remove()
         recorded = _take_recorded(self._concat_layers) if self._appended else {}
@@ -333,7 +343,7 @@ def _take_recorded(layers: dict[str, RefBatchNorm2d]) -> dict[str, Moments | Non
 
 
 def _remove_hooks_of_others(model: nn.Module) -> None:
-    """Remove what another ReferenceBatch left of a step that failed."""
+    """Remove the hooks that another ReferenceBatch left after a step that failed."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):

@@ -1,4 +1,4 @@
-"""What a reference batch has to know of a detector: its images as rows of a training batch.
+"""Turn a detector's reference images into rows of a training batch.
 
 sample      one image with its annotations, as the detector takes it
 batch       (N, C, H, W), normalized and padded: the input of the backbone
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def image_rows(model: nn.Module) -> Callable[[list[dict], Tensor], Tensor]:
-    """Return `rows` of a detector that holds Detectron2's `pixel_mean`, `pixel_std` (C, 1, 1)."""
+    """Return `rows` of a detector with Detectron2's `pixel_mean` and `pixel_std` (C, 1, 1)."""
 
     def rows(samples: list[dict], batch: Tensor) -> Tensor:
         images = (sample["image"].to(batch.device, non_blocking=True) for sample in samples)

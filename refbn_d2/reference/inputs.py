@@ -1,4 +1,4 @@
-"""How reference images get into a model: inferred for the models that people have."""
+"""Infer how reference images are passed to a model."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from refbn_d2.reference.detection import image_rows, transformed_rows
 
-Sample = Any  # what the training pipeline gives for one image
+Sample = Any  # one image, as the model takes it in training
 
 
 class Inputs(NamedTuple):
@@ -30,12 +30,16 @@ def infer_inputs(
     concat_to: nn.Module | None = None,
     rows: Callable[[list[Sample], Tensor], Tensor] | None = None,
 ) -> Inputs:
-    """Return how `samples` are run by `model`; `concat_to` and `rows` stay, where given.
+    """Return how `model` runs `samples`; a given `concat_to` or `rows` is kept.
 
-    Known are images (C, H, W) of one size, or (image, label), whose images are stacked (a
-    classifier, or any model that takes a batch); dicts with "image", for a detector with
-    Detectron2's `pixel_mean` and `backbone`; and (image, target) for torchvision's detectors.
-    Anything else goes to the model as a list, and can only be a slice of its own ("slice").
+    These samples are recognized:
+
+    - images (C, H, W) of one size, or (image, label), for a classifier or any model that takes a
+      batch: the images are stacked;
+    - dicts with "image", for a detector with Detectron2's `pixel_mean` and `backbone`;
+    - (image, target), for torchvision's detectors.
+
+    Anything else is passed to the model as a list, and cannot be appended to a batch ("concat").
     """
     first = samples[0]
     is_pair = isinstance(first, Sequence) and isinstance(first[0], Tensor)
@@ -75,8 +79,8 @@ def without_last_rows(output: Any, k: int) -> Any:
     """Drop the last k rows of every tensor in a module's output.
 
     Raises:
-        TypeError: the output holds something that is no tensor, None, mapping, sequence, named
-            tuple or dataclass; names its type.
+        TypeError: the output contains something other than tensors, None, mappings, lists, tuples,
+            named tuples and dataclasses; the message names its type.
     """
     if output is None:
         return None
@@ -84,7 +88,7 @@ def without_last_rows(output: Any, k: int) -> Any:
         return output[:-k]
     if isinstance(output, Mapping):
         parts = {key: without_last_rows(value, k) for key, value in output.items()}
-        container: Any = type(output)  # an OrderedDict, or a mapping of somebody's own
+        container: Any = type(output)  # an OrderedDict, or any other mapping
         return container(parts)
     if isinstance(output, tuple) and hasattr(output, "_fields"):
         return type(output)(*(without_last_rows(value, k) for value in output))
@@ -95,6 +99,6 @@ def without_last_rows(output: Any, k: int) -> Any:
         parts = {name: without_last_rows(getattr(output, name), k) for name in names}
         return dataclasses.replace(output, **parts)
     raise TypeError(
-        f"The module that the slice was appended to returns a {type(output).__name__}, of which no "
-        'rows can be dropped; set MODEL.REFBN.REFRESH "slice".'
+        f"The module that the slice was appended to returns a {type(output).__name__}, whose last "
+        'rows cannot be dropped. Set MODEL.REFBN.REFRESH to "slice".'
     )

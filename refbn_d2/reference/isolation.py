@@ -1,4 +1,4 @@
-"""Run a model in training mode without leaving a trace in it."""
+"""Run a model in training mode, and restore its state afterwards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +11,11 @@ from refbn_d2.utils.random_state import seeded
 
 @contextmanager
 def untouched(model: nn.Module, seed: int) -> Iterator[None]:
-    """Put the model in training mode without gradient; restore everything else afterwards.
+    """Put the model in training mode without gradient; restore its state afterwards.
 
-    Restored are buffers, what modules keep as plain numbers (training flags, RetinaNet's loss
-    normalizer), and the random generators, which are seeded meanwhile so that every worker samples
-    the same.
+    The state is the buffers, the plain numbers that modules keep (training flags, RetinaNet's loss
+    normalizer) and the random generators. Inside, the generators are seeded, so that every worker
+    draws the same samples.
     """
 
     def numbers(module: nn.Module) -> dict[str, float]:

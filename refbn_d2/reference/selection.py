@@ -1,4 +1,4 @@
-"""Which images are the reference batch: drawn by a seed, named in the checkpoint, found again."""
+"""Draw the images of the reference batch by a seed, and find them again on resumption."""
 
 import hashlib
 import json
@@ -26,13 +26,14 @@ def draw_images(
     seed: int,
     group_of: Callable[[dict], Hashable] = lambda dataset_dict: None,
 ) -> list[int]:
-    """Indices of the `num_images` training images that become the reference: a seeded draw.
+    """Draw `num_images` training images as the reference by `seed`; return their indices.
 
-    The draw keeps to the largest group of `group_of` while that lasts: where training batches are
-    grouped (by aspect ratio), a mixed reference would hold more padding than any batch does.
+    Images of the largest group of `group_of` come first, others only once it is used up. If
+    training batches are grouped (by aspect ratio), a mixed reference would contain more padding
+    than any batch.
 
     Raises:
-        ConfigError: there are fewer images than that.
+        ConfigError: there are fewer images than `num_images`.
     """
     if num_images > len(dataset_dicts):
         raise ConfigError(
@@ -47,24 +48,25 @@ def draw_images(
 
 
 def is_landscape(dataset_dict: dict) -> bool:
-    """The group of DATALOADER.ASPECT_RATIO_GROUPING, for `draw_images`."""
+    """Return the group of an image under DATALOADER.ASPECT_RATIO_GROUPING, for `draw_images`."""
     return dataset_dict["width"] > dataset_dict["height"]
 
 
 def identity_of(dataset: str, dataset_dicts: Sequence[dict], seed: int) -> dict:
-    """The reference's name: dataset, seed, and every image's id, file and content fingerprint.
+    """Return the identity of a reference: dataset, seed, and each image's id, file and fingerprint.
 
-    Plain containers, for the checkpoint. Reads every image file once: "file_name", or what "read"
-    returns, where an image's dict holds such a function (an image in a tar file).
+    The identity consists of plain containers, so that a checkpoint can hold it. Every image file is
+    read once: by the function "read" in the image's dict if there is one (for an image in a tar
+    file), else from "file_name".
     """
     images = [{**_name(d), "fingerprint": _fingerprint(d)} for d in dataset_dicts]
     return {"dataset": dataset, "seed": seed, "images": images}
 
 
 def identity_of_samples(samples: Sequence) -> dict:
-    """Return the identity of a reference that has no files: a fingerprint of each sample.
+    """Return the identity of a reference without files: a fingerprint of each sample.
 
-    Tensors and plain values count, in dicts, tuples and lists of any depth.
+    The fingerprint covers tensors and plain values, in dicts, tuples and lists of any depth.
     """
     images = [
         {"image_id": index, "fingerprint": _digest(_bytes_of(sample))}
@@ -91,8 +93,8 @@ def _digest(*parts: bytes) -> str:
 def _name(dataset_dict: dict) -> dict:
     if "file_name" not in dataset_dict:
         raise DataError(
-            "A reference batch is named by its images' files, and a dataset dict of the training "
-            f"set has no file_name: {', '.join(map(str, dataset_dict))} is what it has."
+            "A dataset dict of the training set has no file_name, which identifies an image of the "
+            f"reference batch. Its keys are {', '.join(map(str, dataset_dict))}: add file_name."
         )
     return {
         "image_id": dataset_dict.get("image_id"),
@@ -101,12 +103,13 @@ def _name(dataset_dict: dict) -> dict:
 
 
 def find_images(identity: dict, dataset_dicts: Sequence[dict]) -> list[int]:
-    """Indices of the images that `identity` names, in its order.
+    """Return the indices of the images that `identity` names, in its order.
 
     Raises:
-        DataError: an image is gone, or its file or its annotations have changed. Names it.
+        DataError: an image is gone, or its file or its annotations have changed. The message
+            names the image.
     """
-    places = defaultdict(list)  # several, where joined datasets share ids and names
+    places = defaultdict(list)  # joined datasets may share ids and names
     for i, d in enumerate(dataset_dicts):
         places[tuple(_name(d).values())].append(i)
     found = []
@@ -123,7 +126,7 @@ def find_images(identity: dict, dataset_dicts: Sequence[dict]) -> list[int]:
         gone, changed = "is gone from the training set", "has changed (its file or its annotations)"
         problem = changed if there else gone
         raise DataError(
-            f"The checkpoint's reference batch cannot be had again: {name} {problem}. Put it back, "
+            f"The checkpoint's reference batch cannot be restored: {name} {problem}. Put it back, "
             "or start a new run without --resume in another OUTPUT_DIR."
         )
     return found
@@ -136,12 +139,12 @@ def select_reference(
     group_of: Callable[[dict], Hashable] = lambda dataset_dict: None,
     identity: dict | None = None,
 ) -> tuple[list[int], dict]:
-    """Indices and identity of the reference's images: chosen anew, or those that `identity` names.
+    """Return indices and identity of the reference's images: newly drawn, or those of `identity`.
 
     Args:
-        dataset: its name, for the identity.
-        group_of: as `draw_images`'s.
-        identity: of a run that is resumed (its `ReferenceBatch.state_dict` will do).
+        dataset: the name of the training set, for the identity.
+        group_of: see `draw_images`.
+        identity: that of a resumed run; its `ReferenceBatch.state_dict` contains it.
 
     Raises:
         ConfigError: there are too few images.
@@ -151,7 +154,7 @@ def select_reference(
         before = len(identity["images"]), identity["seed"]
         if before != (options.num_images, options.seed):
             logger.warning(
-                "Going on with the run's own reference batch of %d images, seed %d; "
+                "Continuing with the run's own reference batch of %d images, seed %d; "
                 "MODEL.REFBN.NUM_IMAGES = %d and SEED = %d have no effect on it.",
                 *before, options.num_images, options.seed,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The reference over several workers (torch.distributed): the same images, the same moments."""
+"""Make the reference equal on all workers (torch.distributed): same images, same moments."""
 
 import torch
 import torch.distributed as dist
@@ -9,10 +9,10 @@ from refbn_d2.utils.errors import ConfigError
 
 
 def check_same_on_all_workers(identity: dict) -> None:
-    """Return if every worker has the reference batch `identity`.
+    """Check that every worker has the reference batch `identity`.
 
     Raises:
-        ConfigError: one has another; names the worker and the first difference.
+        ConfigError: one has another; the message names the worker and the first difference.
     """
     workers = distributed.world_size()
     if workers == 1:
@@ -39,7 +39,7 @@ def pool_over_workers(
     """Pool each layer's moments over the workers by count, in one all-reduce.
 
     Args:
-        average_count: the counts are the workers' mean, not their sum: each ran the same images.
+        average_count: take the mean of the workers' counts, not their sum: all ran the same images.
     """
     workers = distributed.world_size()
     if workers == 1:

@@ -1,1 +1,1 @@
-"""Pictures of a run: curves of its metrics, and samples of what the model sees."""
+"""Draw a run: curves of its metrics, and images with predictions beside the ground truth."""

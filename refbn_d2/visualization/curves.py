@@ -1,4 +1,4 @@
-"""Curves of a run's metrics.json."""
+"""Draw curves of a run's metrics.json."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from refbn_d2.utils.errors import DataError
 from refbn_d2.visualization.style import COLORS, FAINT, INK, save_figure
 
-_FEW = 20  # points of a curve that are shown each, and not smoothed
+_FEW = 20  # curves with at most this number of points show every point, without smoothing
 _LOSS = re.compile(r"(total_loss|loss.*|.*/loss)")
 _AP = re.compile(r"(.*)\b(AP|AP50|AP75)")
 _ACCURACY = re.compile(r"(.*)\b(top1|top5)")
@@ -26,21 +26,26 @@ _STYLES = {  # width and dashes
 
 
 def plot_curves(metrics_json: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Losses, average precision or accuracy, and learning rate over the iterations, in one PNG.
+    """Draw losses, average precision or accuracy, and learning rate over the iterations as PNG.
 
-    Of what a run logged, "total_loss", "loss*" and "<set>/loss", "<task>/AP", AP50, AP75,
-    "<set>/top1", top5, and "lr" are drawn; a panel without values is left out. nan interrupts a
-    line. What is measured in training shows as logged (faint) and smoothed.
+    These metrics are drawn, and a panel without values is left out:
+
+        losses             "total_loss", "loss*", "<set>/loss"
+        average precision  "<task>/AP", "<task>/AP50", "<task>/AP75"
+        accuracy           "<set>/top1", "<set>/top5"
+        learning rate      "lr"
+
+    A nan interrupts a line. Training metrics are drawn as logged (faint) and smoothed.
 
     Args:
-        metrics_json: Detectron2's metrics.json: a JSON object a line, each with "iteration". Lines
-            of one iteration are taken together, and the last one counts (a resumed run); a last
-            line that is cut off is passed over, for the run may be writing it.
-        path: the PNG.
+        metrics_json: Detectron2's metrics.json: one JSON object per line, each with "iteration".
+            Lines of one iteration are merged, and the last value counts (a resumed run). An
+            incomplete last line is skipped: the run may be writing it.
+        path: the PNG to write.
 
     Raises:
-        FileNotFoundError: there is no such file of metrics.
-        DataError: another line than the last is not JSON, or there is nothing to draw.
+        FileNotFoundError: the file of metrics does not exist.
+        DataError: a line other than the last is not JSON, or there is nothing to draw.
     """
     curves = _read_curves(Path(metrics_json))
     panels = [
@@ -72,15 +77,15 @@ def compare_curves(
     metrics: Mapping[str, str],
     path: str | os.PathLike,
 ) -> None:
-    """One panel a metric, one line a run, in one PNG. Losses have a logarithmic axis.
+    """Draw one panel per metric with one line per run, as PNG. Losses have a logarithmic axis.
 
     Args:
-        runs: {label: metrics.json}, as `plot_curves` reads it. A run without a metric has no line.
+        runs: {label: metrics.json}; see `plot_curves`. A run without the metric has no line.
         metrics: {name in metrics.json: title of the panel}.
-        path: the PNG.
+        path: the PNG to write.
 
     Raises:
-        FileNotFoundError: there is no such file of metrics.
+        FileNotFoundError: a file of metrics does not exist.
         DataError: a file cannot be read, or no run has a metric.
     """
     curves = {label: _read_curves(Path(file)) for label, file in runs.items()}
@@ -106,7 +111,7 @@ def compare_curves(
 
 
 def _read_curves(file: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """name: (iterations, values), iterations ascending."""
+    """Return {name: (iterations, values)}, with ascending iterations."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: there is no such file of metrics.")
     lines = file.read_text().splitlines()
@@ -134,7 +139,7 @@ def _read_curves(file: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Average under a bell centred on each point (so that it does not lag); nan stays nan."""
+    """Smooth by a bell curve centered on each point, without lag; nan stays nan."""
     sigma = len(values) / 60
     offsets = np.arange(-int(3 * sigma), int(3 * sigma) + 1)
     bell = np.exp(-0.5 * (offsets / sigma) ** 2)
@@ -160,14 +165,14 @@ def _style(ax: Axes, title: str) -> None:
 
 
 def _line(ax: Axes, x: np.ndarray, y: np.ndarray, **style) -> None:
-    """A line, with its points where they are few."""
+    """Draw a line, with points if they are few."""
     if len(x) <= _FEW:
         style |= {"marker": "o", "markersize": 1.5 + style["linewidth"]}
     ax.plot(x, y, solid_capstyle="round", **style)
 
 
 def _noisy_line(ax: Axes, x: np.ndarray, y: np.ndarray, **style) -> None:
-    """A smoothed line before a faint one of the values themselves, unless they are few."""
+    """Draw a smoothed line over the faint line of the values; if they are few, only their line."""
     if len(y) > _FEW:
         ax.plot(x, y, color=style["color"], linewidth=0.8, alpha=0.25)
         y = _smooth(y)
@@ -204,7 +209,7 @@ def _draw_metrics(
     ax: Axes,
     curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> None:
-    """What `pattern` splits into task and metric: a colour for each task."""
+    """Draw metrics, which `pattern` splits into task and metric, with a color for each task."""
     _style(ax, title)
     tasks = list(dict.fromkeys(pattern.fullmatch(name)[1] for name in curves))
     for task, color in zip(tasks, COLORS * len(tasks), strict=False):

@@ -1,4 +1,4 @@
-"""What a model sees in images, beside the ground truth, as PNG drawn off screen."""
+"""Draw a model's predictions beside the ground truth, off screen, as PNG."""
 
 import math
 import os
@@ -30,25 +30,25 @@ def draw_samples(
     columns: int = 4,
     min_score: float = 0.5,
 ) -> None:
-    """A grid of images, each with its predictions beside its ground truth, as one PNG.
+    """Draw a grid of images, each with its predictions beside its ground truth, as one PNG.
 
-    Boxes and masks have their class's colour; a label that would cover another is left out, for the
-    colours are explained below.
+    Boxes and masks have the color of their class. A label that would cover another is left out: a
+    legend explains the colors.
 
     Args:
-        items: (image uint8 (H, W, 3) RGB, prediction or None, ground truth or None) each. Both are
-            dicts of arrays or tensors: "boxes" (N, 4) XYXY in the image, "classes" (N,) from 0,
-            and, where there are, "scores" (N,) and "masks" bool (N, H, W).
+        items: a list of (image uint8 (H, W, 3) RGB, prediction or None, ground truth or None). Both
+            are dicts of arrays or tensors: "boxes" (N, 4) XYXY in the image, "classes" (N,) from 0,
+            and optionally "scores" (N,) and "masks" bool (N, H, W).
         class_names: by class index.
-        path: the PNG.
-        columns: pictures side by side; an image with prediction and ground truth is two.
-        min_score: predictions below are not drawn.
+        path: the PNG to write.
+        columns: pictures side by side; an image with prediction and ground truth counts as two.
+        min_score: predictions with lower scores are not drawn.
 
     Raises:
-        ValueError: there are no items, an image is of another kind, or a class has no name.
+        ValueError: there are no items, an image is not uint8 (H, W, 3), or a class has no name.
     """
     if not items:
-        raise ValueError(f"{path}: there are no images to draw.")
+        raise ValueError(f"{path}: there are no images to draw; give 1 or more items.")
     headers = [
         header
         for header, index in (("prediction", 1), ("ground truth", 2))
@@ -97,12 +97,12 @@ def draw_samples(
 
 
 def sample_item(dataset_dict: dict, prediction: dict) -> tuple[np.ndarray, dict, dict]:
-    """(RGB picture, prediction, ground truth) as `draw_samples` takes them.
+    """Return (RGB picture, prediction, ground truth), an item of `draw_samples`.
 
     Args:
         dataset_dict: in Detectron2's format, boxes as (x, y, width, height).
-        prediction: "pred_boxes" (N, 4), "scores", "pred_classes" (N,), and "pred_masks" (N, H, W)
-            where there are.
+        prediction: "pred_boxes" (N, 4), "scores" (N,), "pred_classes" (N,), and optionally
+            "pred_masks" (N, H, W).
     """
     h, w = dataset_dict["height"], dataset_dict["width"]
     truth = {"boxes": [], "classes": [], "masks": []}
@@ -126,7 +126,7 @@ def sample_item(dataset_dict: dict, prediction: dict) -> tuple[np.ndarray, dict,
 
 
 class _Measure:
-    """Width and height of a text in pixels."""
+    """Measure width and height of a text in pixels."""
 
     def __init__(self, figure: Figure) -> None:
         self.renderer = FigureCanvasAgg(figure).get_renderer()
@@ -147,12 +147,12 @@ def _luminance(index: int) -> float:
 
 
 def _array(values) -> np.ndarray:
-    """Of a tensor on any device, an array or a list."""
+    """Return a tensor on any device, an array or a list as an array."""
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
 class _Tile:
-    """One picture: the image at a good size, masks and boxes drawn on it, and where labels go."""
+    """One picture: the resized image with masks and boxes, and the labels to place on it."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class _Tile:
             )
         self.scale = _TILE / max(image.shape[:2])
         height, width = (max(1, round(side * self.scale)) for side in image.shape[:2])
-        # Enlarged pixels stay squares: repeat them beyond the size, then average down to it.
+        # Enlarged pixels stay square: repeat them past the size, then average down to it.
         repeat = math.ceil(self.scale)
         image = image.repeat(repeat, axis=0).repeat(repeat, axis=1)
         self.picture = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
@@ -181,8 +181,7 @@ class _Tile:
         classes = _array(content["classes"]).astype(int)
         if len(classes) and not 0 <= classes.min() <= classes.max() < len(class_names):
             raise ValueError(
-                f"Class {classes.max()} is to be drawn, but there are {len(class_names)} class "
-                "names."
+                f"Class {classes.max()} cannot be drawn: there are {len(class_names)} class names."
             )
         scores, masks = content.get("scores"), content.get("masks")
         order = np.arange(len(boxes))
@@ -213,7 +212,7 @@ class _Tile:
         cv2.drawContours(self.picture, outline, -1, color, 1, cv2.LINE_AA)
 
     def draw_labels(self, ax: Axes, left: int, top: int, measure: _Measure) -> None:
-        """Each label at its box where it covers no other, the best first; without place, none."""
+        """Draw each label at its box, the best first; skip a label that would cover another."""
         height, width = self.picture.shape[:2]
         taken: list[tuple[float, float, float, float]] = []
         for text, class_, (x0, y0, x1, y1) in self.labels:
@@ -256,7 +255,7 @@ def _draw_legend(
     width: int,
     measure: _Measure,
 ) -> None:
-    """A line of coloured squares with class names; what finds no room is left out."""
+    """Draw a line of colored squares with class names; names that do not fit are left out."""
     x = _MARGIN
     for class_ in classes:
         name = class_names[class_]

@@ -1,4 +1,4 @@
-"""Colors, and how figures are saved."""
+"""Define the colors of figures, and save figures."""
 
 import os
 from pathlib import Path
@@ -7,8 +7,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which people with any colour vision tell apart, the first contrasting
-# most; then all of them darker. Classes beyond share colours: their labels tell them apart.
+# Okabe and Ito's colors, which people with any color vision can distinguish, the first with the
+# most contrast; then the same ones darker. Further classes share colors: labels distinguish them.
 _BRIGHT = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 COLORS = (*_BRIGHT, *(to_hex([0.5 * channel for channel in to_rgb(c)]) for c in _BRIGHT))
 INK, FAINT = "#222222", "#8a8a8a"
@@ -16,7 +16,7 @@ DPI = 100
 
 
 def save_figure(figure: Figure, path: str | os.PathLike, **options) -> None:
-    """Write a PNG whole, or not at all. Folders are made."""
+    """Write a PNG, whole or not at all. Missing folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

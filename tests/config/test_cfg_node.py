@@ -1,4 +1,4 @@
-"""Reading configs: bases, overrides, types, and an error for everything that is wrong."""
+"""Reading configs: bases, overrides, types, and errors."""
 
 import pytest
 import yaml
@@ -37,7 +37,7 @@ def test_a_dump_loads_and_changes_nothing(tmp_path):
     assert loaded.SOLVER.STEPS == (1, 2) and loaded.MODEL.REFBN.WEIGHTING == "count"
 
 
-def test_int_for_float_and_digits_for_a_name_are_welcome():
+def test_an_int_for_a_float_and_digits_for_a_name_are_accepted():
     cfg = get_cfg()
     cfg.merge_from_list(["SOLVER.BASE_LR", "1", "OUTPUT_DIR", "2020"])
     assert cfg.SOLVER.BASE_LR == 1.0 and isinstance(cfg.SOLVER.BASE_LR, float)
@@ -90,9 +90,9 @@ def test_all_that_is_wrong_comes_at_once_and_nothing_is_merged(tmp_path):
         ("SOLVER: {", "not valid YAML"),
         ("SOLVER:\n", "SOLVER is a section"),
         ('_BASE_: "gone.yaml"', "gone.yaml does not exist"),
-        ('_BASE_: ["list.yaml"]', "list.yaml holds a list"),
+        ('_BASE_: ["list.yaml"]', "list.yaml contains a list"),
         ('_BASE_: "base.yaml"\nSEED: {A: 1}', "SEED"),
-        ('_BASE_: "broken.yaml"', "form a circle"),
+        ('_BASE_: "broken.yaml"', "form a cycle"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path, text, named):

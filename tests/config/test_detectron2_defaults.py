@@ -1,4 +1,4 @@
-"""Our config beside Detectron2's own."""
+"""Our config against Detectron2's own."""
 
 from pathlib import Path
 

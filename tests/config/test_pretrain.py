@@ -1,4 +1,4 @@
-"""The keys of pretraining: what they may hold, and the recipes."""
+"""The keys of pretraining, their allowed values, and the recipes."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_detectron2s_names_have_detectron2s_types():
     ours, theirs = (dict(leaves(cfg)) for cfg in (get_pretrain_cfg(), get_cfg()))
     common = ours.keys() & theirs.keys()
     assert {"SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "SOLVER.AMP.ENABLED", "OUTPUT_DIR"} <= common
-    for key in common - {"DATASETS.TRAIN", "DATASETS.TEST"}:  # a folder in place of names
+    for key in common - {"DATASETS.TRAIN", "DATASETS.TEST"}:  # here a folder, not names
         assert type(ours[key]) is type(theirs[key]), key
 
 
@@ -77,7 +77,7 @@ def test_a_dump_loads_and_changes_nothing(tmp_path):
         ("SOLVER.DECAY_MILESTONES", [(60, 30)]),
         ("SOLVER.LOSS", ["mse"]),
         ("SOLVER.LABEL_SMOOTHING", [1.0]),
-        ("SOLVER.BCE_TARGET_THRESH", [0.2, "half"]),  # with cross entropy; and no number
+        ("SOLVER.BCE_TARGET_THRESH", [0.2, "half"]),  # with cross entropy; not a number
         ("SOLVER.AMP.DTYPE", ["half"]),
         ("SOLVER.CHECKPOINT_PERIOD", [0]),
         ("TEST.VAL_INTERVAL", [-1]),
@@ -125,7 +125,7 @@ def test_recipes_load(name):
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if not name.endswith("_refbn")])
-def test_recipes_of_a_kind_differ_in_the_norm_alone(name):
+def test_recipes_of_a_kind_differ_only_in_the_norm(name):
     refbn = dict(leaves(recipe(name.rpartition("_")[0] + "_refbn")))
     other = dict(leaves(recipe(name)))
     assert refbn.keys() == other.keys()

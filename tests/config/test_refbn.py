@@ -1,4 +1,4 @@
-"""MODEL.REFBN: defaults, what each key may hold, and on whose config it works."""
+"""MODEL.REFBN: defaults and allowed values, on Detectron2's config and on ours."""
 
 import dataclasses
 

@@ -15,7 +15,7 @@ from refbn_d2.utils.errors import DataError
 
 
 def scene(side, seed=0):
-    """A picture with edges and texture at many lengths, mid gray on average."""
+    """Return a picture with edges and texture of many scales, mid gray on average."""
     rng = np.random.default_rng(seed)
     picture = np.zeros((side, side, 3), np.float32)
     for cells in (3, 7, 15, side // 2):
@@ -32,7 +32,7 @@ def distance(a, b):
 
 
 def lost_structure(a, b):
-    """1 - the correlation of the gradients; does not see a change of brightness or contrast."""
+    """1 - correlation of the gradients, which ignores a change of brightness or contrast"""
 
     def gradients(x):
         x = x.astype(np.float32).mean(axis=2)
@@ -57,7 +57,7 @@ def test_there_are_15_in_four_families():
 @pytest.mark.parametrize("name", CORRUPTIONS)
 @pytest.mark.parametrize("side", [32, 160])
 def test_strength_grows_with_the_severity(name, side):
-    # The authors make fog stronger by finer clouds, which hide more at the same distance.
+    # The authors make fog stronger with finer clouds, which hide more at the same distance.
     measure = lost_structure if name == "fog" else distance
     strength = np.mean(
         [[measure(p, corrupt(p, name, s, i)) for s in SEVERITIES]
@@ -89,7 +89,7 @@ def test_a_function_of_its_arguments_only(name):
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_any_shape(name):
-    """Noise that wraps around, an index outside, a lost channel: all would show here."""
+    """Find noise that wraps around, an index outside the picture, a lost channel."""
     for shape in [
         (1, 1),
         (1, 1, 1),
@@ -118,7 +118,7 @@ def test_black_and_white_stay_finite(name, value):
 
 @pytest.mark.parametrize("name", sorted(set(CORRUPTIONS) - {"jpeg_compression"}))
 def test_gray_is_three_equal_channels(name):
-    """Where the pattern has no color: the gray result is the color result of the gray picture."""
+    """If the pattern has no color, a gray picture gives the same result in color."""
     gray = scene(60)[..., 0]
     flat = corrupt(gray, name, 3, 2)
     np.testing.assert_array_equal(flat, corrupt(gray[..., None], name, 3, 2)[..., 0])
@@ -151,7 +151,7 @@ def test_noise_has_the_stated_moments():
 
 @pytest.mark.parametrize("name", ["defocus_blur", "motion_blur", "zoom_blur"])
 def test_blur_keeps_objects_in_place(name):
-    """The center of mass of a spot stays, so that annotated boxes stay right."""
+    """The center of mass of a spot stays, so that annotated boxes stay correct."""
     picture = np.zeros((161, 161, 3), np.uint8)
     picture[76:85, 76:85] = 255
     for seed in range(3):
@@ -196,7 +196,7 @@ def test_contrast_and_pixelate_by_hand():
 
 
 def test_fog_and_snow_by_their_extremes():
-    """Clouds span 0-1, so that fog of a plain x spans x^2 / (x + thickness) to x."""
+    """Clouds span 0-1, so fog on a plain x spans x^2 / (x + thickness) to x."""
     fog = corrupt(np.full((120, 100, 3), 204, np.uint8), "fog", 1, 0)
     assert fog.min() == round(255 * 0.8**2 / (0.8 + 1.5)) and fog.max() == 204
     snow = corrupt(np.full((120, 100, 3), 51, np.uint8), "snow", 1, 0)

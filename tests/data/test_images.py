@@ -20,7 +20,7 @@ def test_rgb_and_bgr(tmp_path):
     np.testing.assert_array_equal(read_image(path, "BGR"), RGB[:, :, ::-1])
 
 
-def test_grey_becomes_three_channels(tmp_path):
+def test_gray_becomes_three_channels(tmp_path):
     got = read_image(saved(tmp_path / "a.png", RGB[:, :, 0]), "RGB")
     np.testing.assert_array_equal(got, np.repeat(RGB[:, :, :1], 3, axis=2))
 
@@ -33,13 +33,13 @@ def test_transparency_is_dropped(tmp_path):
     np.testing.assert_array_equal(read_image(la, "RGB"), np.repeat(RGB[:, :, :1], 3, axis=2))
 
 
-def test_a_palette_becomes_its_colours(tmp_path):
-    colours = [(255, 0, 0), (0, 128, 7)]
+def test_a_palette_becomes_its_colors(tmp_path):
+    colors = [(255, 0, 0), (0, 128, 7)]
     image = Image.new("P", (2, 1))
-    image.putpalette([value for colour in colours for value in colour])
+    image.putpalette([value for color in colors for value in color])
     image.putdata([0, 1])
     got = read_image(saved(tmp_path / "a.png", image), "RGB")
-    np.testing.assert_array_equal(got, np.array([colours], dtype=np.uint8))
+    np.testing.assert_array_equal(got, np.array([colors], dtype=np.uint8))
 
 
 def test_16_bits_are_scaled_not_clipped(tmp_path):
@@ -52,7 +52,7 @@ def test_16_bits_are_scaled_not_clipped(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_undone(tmp_path, orientation):
-    """By the table of the EXIF standard: where the stored rows and columns belong."""
+    """The EXIF standard has a table of where the stored rows and columns belong."""
     turned = {
         1: RGB,
         2: RGB[:, ::-1],

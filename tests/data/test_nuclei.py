@@ -1,4 +1,4 @@
-"""The converter of nuclei, on small folders that are made here."""
+"""The converter of nuclei, on small folders made here."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ COLORS = {  # domain -> color of a picture, its size (H, W)
 
 
 def write(folder, name, color=(20, 20, 20), size=(40, 30), masks=2, mode="RGBA"):
-    """A case of the public layout; its mask number k is a rectangle of 3 + k rows, 4 columns."""
+    """Write a case in the public layout; mask number k is a rectangle of 3 + k rows, 4 columns."""
     (folder / name / "images").mkdir(parents=True)
     (folder / name / "masks").mkdir()
     picture = np.full((*size, 3), color, np.uint8)
@@ -44,7 +44,7 @@ def write(folder, name, color=(20, 20, 20), size=(40, 30), masks=2, mode="RGBA")
 
 @pytest.fixture
 def folder(tmp_path):
-    """Eight pictures of each domain, four of brightfield."""
+    """Write eight pictures of each domain, four of brightfield."""
     root = tmp_path / "stage1_train"
     for domain, (color, size) in COLORS.items():
         for k in range(4 if domain == "brightfield" else 8):
@@ -65,7 +65,7 @@ def test_a_folder_becomes_coco(folder, tmp_path):
     assert counts["train"] == expected
     assert counts["val"] == {d: 1 if d == "brightfield" else 2 for d in COLORS}
     assert sorted(p.name for p in out.iterdir()) == ["images", "train.json", "val.json"]
-    assert [p.name for p in out.parent.iterdir()] == ["out"]  # nothing temporary stays
+    assert [p.name for p in out.parent.iterdir()] == ["out"]  # no temporary files are left
     seen = Counter()
     for split in ("train", "val"):
         coco = COCO(out / f"{split}.json")
@@ -169,7 +169,7 @@ def break_mask(case):
 def resize_mask(case):
     path = case / "masks" / "1.png"
     Image.open(path).resize((30, 41)).save(path)
-    return f"{path} is 30 x 41 pixels, its picture 30 x 40"
+    return f"{path} has 30 x 41 pixels, its picture has 30 x 40"
 
 
 def remove_masks(case):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from refbn_d2.checkpoint.convert import convert_state, identify
-from refbn_d2.export.programs import export
 from refbn_d2.export import programs as module
+from refbn_d2.export.programs import export
 from refbn_d2.utils.errors import CheckpointError
 
 

@@ -13,8 +13,8 @@ from refbn_d2.layers.convert import convert_from_refbn, convert_to_refbn
 from refbn_d2.layers.fold import fold
 
 
-def randomised(model, seed=0):
-    """Norms with parameters and statistics of every size, as after a training."""
+def randomized(model, seed=0):
+    """Give the norms random parameters and statistics, as after training."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(tensor, low, high):
@@ -48,7 +48,7 @@ def assert_equal_in_eval(model, expected, x):
 
 
 def assert_close(y, expected):
-    tolerance = 1e-6 if y.dtype == torch.float32 else 1e-13  # deep models add up what they round
+    tolerance = 1e-6 if y.dtype == torch.float32 else 1e-13  # rounding adds up in deep models
     torch.testing.assert_close(y, expected, rtol=0, atol=tolerance * expected.abs().max().item())
 
 
@@ -58,11 +58,11 @@ def norms(model, kind=RefBatchNorm2d):
 
 def resnet(name="resnet18", norm=None, seed=0):
     torch.manual_seed(seed)
-    return randomised(torchvision.models.get_model(name, norm_layer=norm, num_classes=10))
+    return randomized(torchvision.models.get_model(name, norm_layer=norm, num_classes=10))
 
 
 class Conv(nn.Conv2d):
-    """Detectron2's: a convolution with its norm and activation."""
+    """A convolution with its norm and activation, as in Detectron2."""
 
     def __init__(self, *args, norm=None, activation=None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -70,7 +70,7 @@ class Conv(nn.Conv2d):
         self.activation = activation
 
     def forward(self, x):
-        if x.numel() == 0:  # as in Detectron2, what torch.fx cannot follow
+        if x.numel() == 0:  # as in Detectron2; torch.fx cannot trace it
             raise AssertionError
         x = super().forward(x)
         x = x if self.norm is None else self.norm(x)
@@ -79,7 +79,7 @@ class Conv(nn.Conv2d):
 
 def conv_norm_model(norm=nn.BatchNorm2d):
     torch.manual_seed(0)
-    return randomised(
+    return randomized(
         nn.Sequential(
             Conv(3, 8, 3, stride=2, bias=False, norm=norm(8), activation=torch.relu),
             Conv(8, 8, 3, padding=2, dilation=2, groups=4, norm=norm(8)),
@@ -130,7 +130,7 @@ def test_a_norm_that_has_seen_nothing_gives_no_reference():
     torch.testing.assert_close(norm.ref_mean, x.mean((0, 2, 3)))
 
 
-def test_an_optimizer_goes_on_as_with_batch_norm():
+def test_an_optimizer_continues_as_with_batch_norm():
     models = [conv_norm_model().double().train() for _ in range(2)]
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in models]
     for step in range(2):
@@ -155,7 +155,7 @@ def test_an_optimizer_goes_on_as_with_batch_norm():
     ids=["plain", "not affine", "double", "sync"],
 )
 def test_attributes_are_kept_and_a_root_is_returned(norm):
-    randomised(norm).eval()
+    randomized(norm).eval()
     converted = convert_to_refbn(norm)
     assert type(converted) is RefBatchNorm2d and not converted.training
     for name in ("num_features", "eps", "momentum", "affine", "weight", "bias", "running_var"):
@@ -184,7 +184,7 @@ def test_frozen_norms_thaw():
 
 
 class Shared(nn.Module):
-    """Two convolutions, one norm: at two names, called once by each."""
+    """Two convolutions that share one norm, under two names; each calls it once."""
 
     def __init__(self):
         super().__init__()
@@ -196,7 +196,7 @@ class Shared(nn.Module):
 
 
 def test_a_shared_norm_stays_shared():
-    model = convert_to_refbn(randomised(Shared()))
+    model = convert_to_refbn(randomized(Shared()))
     assert type(model.norm_a) is RefBatchNorm2d and model.norm_a is model.norm_b
     convert_from_refbn(model)
     assert type(model.norm_a) is nn.BatchNorm2d and model.norm_a is model.norm_b
@@ -207,7 +207,7 @@ class NormAndActivation(nn.BatchNorm2d):
         return super().forward(x).relu()
 
 
-def test_other_norms_are_left_alone(caplog):
+def test_other_norms_are_not_converted(caplog):
     model = nn.ModuleDict(
         {
             "fused": NormAndActivation(3),
@@ -229,8 +229,8 @@ class RefBNAndActivation(RefBatchNorm2d):
         return super().forward(x).relu()
 
 
-def test_a_refbn_that_does_more_is_left_alone(caplog):
-    """A plain BatchNorm in its place would not do it."""
+def test_a_refbn_that_does_more_is_not_converted(caplog):
+    """A plain BatchNorm in its place would do less."""
     model = nn.ModuleDict({"fused": RefBNAndActivation(3), "plain": RefBatchNorm2d(3)})
     fused = model["fused"]
     convert_to_refbn(model)
@@ -268,7 +268,7 @@ def test_there_and_back(norm):
 
 
 def test_a_frozen_norm_of_one_without_parameters():
-    refbn = randomised(RefBatchNorm2d(5, eps=0.1, affine=False, dtype=torch.float64))
+    refbn = randomized(RefBatchNorm2d(5, eps=0.1, affine=False, dtype=torch.float64))
     frozen = convert_from_refbn(refbn.eval(), FrozenBatchNorm2d)
     x = image(2, 5, 4, 4).double()
     torch.testing.assert_close(frozen(x), refbn(x), rtol=1e-12, atol=1e-12)
@@ -297,7 +297,7 @@ def test_detectron2s_frozen_norm():
 
 
 def left(caplog):
-    """Names of the norms that the log says were left."""
+    """Return the names of the norms that the log lists as left."""
     names = re.search(r"left as they are: (.*)", caplog.messages[-1])
     return names[1].split(", ") if names else []
 
@@ -316,7 +316,7 @@ def test_a_resnet_folds_whole(kind, seen, caplog):
     assert not norms(folded, kind) and len(norms(folded, nn.Identity)) == 20
     assert not folded.training and not any(m._forward_pre_hooks for m in folded.modules())
     assert_equal_in_eval(folded, expected, x)
-    # the model itself is as it was
+    # the model itself is not changed
     assert model.training and torch.equal(outputs(model, x), expected)
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
@@ -331,7 +331,7 @@ def test_a_resnet50_folds_whole(seen, caplog):
 
 
 def test_weights_are_torchs():
-    conv, norm = nn.Conv2d(6, 4, 3, groups=2), randomised(RefBatchNorm2d(4))
+    conv, norm = nn.Conv2d(6, 4, 3, groups=2), randomized(RefBatchNorm2d(4))
     weight, bias = fuse_conv_bn_weights(
         conv.weight,
         conv.bias,
@@ -357,7 +357,7 @@ def test_detectron2s_structure_folds_without_a_run(kind, caplog):
 
 
 class NormsItsInput(nn.Conv2d):
-    """Looks like Detectron2's convolution, and is none."""
+    """Looks like Detectron2's convolution, but its norm comes first."""
 
     def __init__(self):
         super().__init__(4, 4, 3)
@@ -368,9 +368,9 @@ class NormsItsInput(nn.Conv2d):
 
 
 @pytest.mark.parametrize("run", [False, True])
-def test_a_child_that_is_not_behind_its_convolution_is_left(run, caplog):
+def test_a_child_that_does_not_follow_its_convolution_is_left(run, caplog):
     caplog.set_level(logging.INFO)
-    model, x = randomised(nn.Sequential(nn.ReLU(), NormsItsInput())), image(2, 4, 8, 8)
+    model, x = randomized(nn.Sequential(nn.ReLU(), NormsItsInput())), image(2, 4, 8, 8)
     folded = fold(model, x if run else None)
     assert left(caplog) == ["1.norm"]
     assert torch.equal(outputs(folded, x), outputs(model, x))
@@ -391,9 +391,9 @@ class WantsMore(nn.Module):
 
 
 @pytest.mark.parametrize("run", [False, True])
-def test_a_child_that_cannot_be_tried_alone_is_seen_in_a_run(run, caplog):
+def test_a_child_that_cannot_be_tried_by_itself_is_found_in_a_run(run, caplog):
     caplog.set_level(logging.INFO)
-    model, x = randomised(WantsMore()), image(2, 4, 8, 8)
+    model, x = randomized(WantsMore()), image(2, 4, 8, 8)
     folded = fold(model, x if run else None)
     assert left(caplog) == ([] if run else ["conv.norm"])
     assert_equal_in_eval(folded, outputs(model, x), x)
@@ -414,7 +414,7 @@ def test_a_child_that_cannot_be_tried_alone_is_seen_in_a_run(run, caplog):
 def test_kinds_of_convolution(conv, affine, run, caplog):
     caplog.set_level(logging.INFO)
     norm = RefBatchNorm2d(6, eps=0.1, affine=affine)
-    model, x = randomised(nn.Sequential(conv, norm, nn.ReLU())), image(2, 4, 8, 8)
+    model, x = randomized(nn.Sequential(conv, norm, nn.ReLU())), image(2, 4, 8, 8)
     folded = fold(model, x if run else None)
     assert caplog.messages == ["Folded 1 norms into convolutions"]
     assert_equal_in_eval(folded, outputs(model, x), x)
@@ -422,7 +422,7 @@ def test_kinds_of_convolution(conv, affine, run, caplog):
 
 def test_half_precision_and_memory_format_are_kept():
     model = nn.Sequential(nn.Conv2d(4, 6, 3), RefBatchNorm2d(6)).bfloat16()
-    model = randomised(model).to(memory_format=torch.channels_last)
+    model = randomized(model).to(memory_format=torch.channels_last)
     conv = fold(model)[0]
     assert conv.weight.dtype == conv.bias.dtype == torch.bfloat16
     assert conv.weight.is_contiguous(memory_format=torch.channels_last)
@@ -479,14 +479,14 @@ class TiedWeights(nn.Module):
         return self.norm(self.a(x)) + self.b(x)
 
 
-class StandardisedConv(nn.Conv2d):
+class StandardizedConv(nn.Conv2d):
     def forward(self, x):
         weight = self.weight / self.weight.std(dim=(1, 2, 3), keepdim=True)
         return nn.functional.conv2d(x, weight, self.bias)
 
 
 class Both(nn.Module):
-    """One model in which some norms fold, and others stay."""
+    """A model in which one norm folds, and one stays."""
 
     def __init__(self):
         super().__init__()
@@ -513,7 +513,7 @@ class Both(nn.Module):
         (Shared, ["norm_a"]),
         (Both, ["first.norm"]),
         (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1)), ["0"]),
-        (lambda: nn.Sequential(StandardisedConv(3, 4, 3), nn.BatchNorm2d(4)), ["1"]),
+        (lambda: nn.Sequential(StandardizedConv(3, 4, 3), nn.BatchNorm2d(4)), ["1"]),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), NormAndActivation(4)), ["1"]),
         (
             lambda: nn.Sequential(
@@ -526,7 +526,7 @@ class Both(nn.Module):
 def test_a_norm_that_cannot_fold_is_left(model, stay, run, caplog):
     caplog.set_level(logging.INFO)
     torch.manual_seed(0)
-    model, x = convert_to_refbn(randomised(model())), image(2, 3, 8, 8)
+    model, x = convert_to_refbn(randomized(model())), image(2, 3, 8, 8)
     caplog.clear()
     folded = fold(model, x if run else None)
     assert left(caplog) == stay
@@ -549,7 +549,7 @@ class SharedHead(nn.Module):
 @pytest.mark.parametrize("run", [False, True])
 def test_a_head_called_on_several_levels_folds(run, caplog):
     caplog.set_level(logging.INFO)
-    model, x = randomised(SharedHead()), image(2, 3, 16, 16)
+    model, x = randomized(SharedHead()), image(2, 3, 16, 16)
     folded = fold(model, x if run else None)
     assert left(caplog) == [] and not norms(folded)
     assert_equal_in_eval(folded, outputs(model, x), x)
@@ -559,7 +559,7 @@ def test_a_head_called_on_several_levels_folds(run, caplog):
 def test_a_densenet_keeps_the_norms_before_its_convolutions(run, caplog):
     caplog.set_level(logging.INFO)
     torch.manual_seed(0)
-    model = randomised(torchvision.models.DenseNet(8, (2, 2), 16, num_classes=5))
+    model = randomized(torchvision.models.DenseNet(8, (2, 2), 16, num_classes=5))
     x = image(1, 3, 32, 32)
     folded = fold(convert_to_refbn(model), x if run else None)
     denselayers = [f"features.denseblock{b}.denselayer{n}.norm1" for b in (1, 2) for n in (1, 2)]
@@ -570,7 +570,7 @@ def test_a_densenet_keeps_the_norms_before_its_convolutions(run, caplog):
 
 
 class Detector(nn.Module):
-    """What torch.fx cannot trace: a forward that depends on data, and takes and returns dicts."""
+    """torch.fx cannot trace this: its forward depends on data, and takes and returns dicts."""
 
     def __init__(self):
         super().__init__()
@@ -584,10 +584,10 @@ class Detector(nn.Module):
         return [{"features": y + offset}]
 
 
-def test_what_cannot_be_traced_wants_example_inputs(caplog):
+def test_a_model_that_cannot_be_traced_needs_example_inputs(caplog):
     caplog.set_level(logging.INFO)
-    model, samples = randomised(Detector()), [{"image": image(3, 8, 8)}]
-    with pytest.raises(ValueError, match="(?s)cannot trace Detector .*pass example_inputs"):
+    model, samples = randomized(Detector()), [{"image": image(3, 8, 8)}]
+    with pytest.raises(ValueError, match="(?s)cannot trace Detector .*Pass example_inputs"):
         fold(model)
     expected = outputs(model, samples)[0]["features"]
     for example_inputs in (samples, (samples, 1.0)):
@@ -596,7 +596,7 @@ def test_what_cannot_be_traced_wants_example_inputs(caplog):
         assert_close(outputs(folded, samples)[0]["features"], expected)
 
 
-def test_a_folded_file_needs_nothing_of_this_package():
+def test_a_folded_file_does_not_need_this_package():
     folded = fold(convert_to_refbn(resnet()))
     stock = torchvision.models.resnet18(num_classes=10, norm_layer=lambda _: nn.Identity())
     for m in stock.modules():
@@ -620,7 +620,7 @@ def test_a_detectron2_backbone_folds_whole(norm, caplog):
     cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
     cfg.MODEL.RESNETS.NORM = cfg.MODEL.FPN.NORM = "FrozenBN" if norm == "FrozenBN" else "BN"
     torch.manual_seed(0)
-    model = randomised(build_resnet_fpn_backbone(cfg, ShapeSpec(channels=3)))
+    model = randomized(build_resnet_fpn_backbone(cfg, ShapeSpec(channels=3)))
     if norm == "RefBN":
         convert_to_refbn(model)
     caplog.set_level(logging.INFO)

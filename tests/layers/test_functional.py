@@ -33,7 +33,7 @@ def col(v):
 
 
 def written_out(x, gamma, beta, ref_mean, ref_var, w, gradient, rows=0, momentum=0.0):
-    """The equations, letter by letter, for autograd."""
+    """Compute the equations as written, for autograd."""
     mean_b, var_b = moments(x)
     if rows:
         mean_s, var_s = moments(x[-rows:])

@@ -57,7 +57,7 @@ def test_w_0_is_batch_norm_over_many_steps(gradient, momentum, dtype, tolerance)
     close(ref.eval()(x[0]), bn.eval()(x[0]))
 
 
-def test_w_1_is_normalisation_by_fixed_statistics():
+def test_w_1_is_normalization_by_fixed_statistics():
     reference = batch(1, 8, 3.0, 2.0)
     layer = with_reference(RefBatchNorm2d(C, reference_weight=1.0, gradient="pooled"), reference)
     for seed in range(200):
@@ -104,14 +104,14 @@ def test_capture_pools_several_calls_and_touches_nothing_else():
     assert layer.ref_count == together.numel() // C
 
 
-def test_slice_normalises_by_the_reference_and_averages_both_moments():
+def test_slice_normalizes_by_the_reference_and_averages_both_moments():
     reference, slice_ = batch(1, 8, 3.0, 2.0), batch(2, 2, 0.5, -1.0)
     layer = with_reference(RefBatchNorm2d(C), reference)
     mean, var = reference.mean((0, 2, 3)), reference.var((0, 2, 3), correction=0)
     layer.start_recording(Recording.SLICE)
     torch.testing.assert_close(layer(slice_), F.batch_norm(slice_, mean, var))
     layer.commit(layer.recorded_moments, 0.25)
-    # A batch of which every fourth element is drawn from the slice has these moments.
+    # These are the moments of a batch in which every fourth element comes from the slice.
     first = 0.75 * reference.mean((0, 2, 3)) + 0.25 * slice_.mean((0, 2, 3))
     second = 0.75 * reference.square().mean((0, 2, 3)) + 0.25 * slice_.square().mean((0, 2, 3))
     torch.testing.assert_close(layer.ref_mean, first)
@@ -129,7 +129,7 @@ def test_concat_uses_and_records_the_last_rows():
     layer.start_recording(Recording.CONCAT, 2, 0.25)
     before = layer.ref_mean.clone()
     torch.testing.assert_close(layer(x), blended(x), rtol=1e-5, atol=1e-5)
-    assert torch.equal(layer.ref_mean, before)  # until the workers agree
+    assert torch.equal(layer.ref_mean, before)  # it changes only with commit
     layer.commit(layer.recorded_moments, 0.25)
     torch.testing.assert_close(layer.ref_var, blended.ref_var, rtol=1e-4, atol=1e-5)
 
@@ -150,7 +150,7 @@ def test_empty_batch_passes_with_zero_gradients():
     assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
 
 
-def test_first_batch_becomes_the_reference_and_is_said_once(caplog):
+def test_first_batch_becomes_the_reference_with_one_warning(caplog):
     _warn_no_reference.cache_clear()
     layers = [RefBatchNorm2d(C), RefBatchNorm2d(C)]
     with caplog.at_level(logging.WARNING):

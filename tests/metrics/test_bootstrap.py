@@ -1,4 +1,4 @@
-"""AP of a resample against COCOeval on a dataset that holds the drawn images as copies."""
+"""AP of a resample against COCOeval on a dataset with copies of the drawn images."""
 
 import copy
 import json
@@ -22,10 +22,10 @@ def polygon(x, y, w, h):
 
 @pytest.fixture(scope="module")
 def dataset():
-    """Objects and detections at random: crowds, misses, images and classes without either."""
+    """Return random objects and detections: with crowds, misses, empty images and classes."""
     rng = np.random.default_rng(3)
     annotations, results = [], []
-    for image in IMAGES[:-1]:  # nothing on the last one
+    for image in IMAGES[:-1]:  # the last image is empty
         for category in CATEGORIES:
             for _ in range(rng.integers(0, 4) if category != 9 or image == 12 else 0):
                 box = rng.integers([0, 0, 10, 10], [200, 200, 90, 90]).tolist()
@@ -64,7 +64,7 @@ def write(path, annotations, images):
 
 
 def resampled(path, dataset, counts):
-    """The json and the results in which image i stands counts[i] times, under new ids."""
+    """Return json and results that contain image i counts[i] times, with new ids."""
     copies = [i for i, count in zip(IMAGES, counts, strict=True) for _ in range(count)]
     chosen = ([], [])
     for new, image in enumerate(copies, start=1):
@@ -90,7 +90,7 @@ def test_a_resample_is_what_cocoeval_says(tmp_path, dataset, iou_type):
         assert matches.ap(counts, iou=0.5) == pytest.approx(expected["AP50"], abs=1e-9)
         assert matches.ap(counts, iou=0.75) == pytest.approx(expected["AP75"], abs=1e-9)
         seen.add(round(expected["AP"], 3))
-    assert len(seen) == len(draws) and min(seen) > 5  # the case says something
+    assert len(seen) == len(draws) and min(seen) > 5  # the draws differ, and AP is not 0
     assert matches.ap() == matches.ap(draws[0])
 
 
@@ -152,7 +152,7 @@ def test_paired_bootstrap_by_its_bounds():
     assert sure[:3] == (1, (1, 1), pytest.approx(0.02))  # 2 (0 + 1) / (99 + 1)
     assert paired_bootstrap(zero, one, 5, 99).p_value == sure.p_value
 
-    def first(counts):  # defined where the first image is drawn
+    def first(counts):  # defined only if the first image is drawn
         return float(counts[0]) if counts[0] else math.nan
 
     partly = paired_bootstrap(first, zero, 5, 500)
@@ -166,7 +166,7 @@ def test_paired_bootstrap_by_its_bounds():
 
 
 def test_paired_bootstrap_of_ap(tmp_path, dataset):
-    """A model against itself with boxes that are too large: worse, and surely so."""
+    """Compare a model with itself with boxes that are too large: it is worse, significantly."""
     annotations, results = dataset
     path = write(tmp_path / "a.json", annotations, IMAGES)
     worse = [{**r, "bbox": [*r["bbox"][:2], *(1.3 * v for v in r["bbox"][2:])]} for r in results]

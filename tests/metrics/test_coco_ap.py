@@ -10,7 +10,7 @@ import torch
 from refbn_d2.metrics.coco_ap import evaluate, format_table, to_coco_results, verify_results
 
 MAIN = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
-CATEGORY_IDS = [3, 17]  # as in COCO: not from 0, and with holes
+CATEGORY_IDS = [3, 17]  # as in COCO: not from 0, and with gaps
 MAPPING = dict(enumerate(CATEGORY_IDS))
 
 
@@ -44,7 +44,7 @@ def write_json(path, annotations, images=(1, 2), size=400):
 
 
 def prediction(boxes, scores, classes, size=400):
-    """Boxes XYWH, of whole pixels; the masks are the boxes."""
+    """Return a prediction with boxes XYWH in whole pixels; the masks are the boxes."""
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     masks = torch.zeros(len(boxes), size, size, dtype=torch.bool)
@@ -60,7 +60,7 @@ def prediction(boxes, scores, classes, size=400):
 
 @pytest.fixture
 def hand_made(tmp_path):
-    """Two objects, and three detections: a hit, a miss, and a hit at IoU 0.62."""
+    """Return two objects and three detections: a hit, a miss, and a hit at IoU 0.62."""
     annotations = [annotation(1, (10, 10, 100, 100)), annotation(2, (200, 10, 100, 100))]
     boxes = [[10, 10, 100, 100], [10, 250, 100, 100], [200, 10, 62, 100]]
     results = to_coco_results(1, prediction(boxes, [0.9, 0.8, 0.7], [0, 0, 0]), MAPPING)
@@ -81,7 +81,7 @@ def test_a_case_by_hand(hand_made):
         assert task == pytest.approx(expected, nan_ok=True)
 
 
-def test_boxes_alone(hand_made):
+def test_only_boxes(hand_made):
     json_file, results = hand_made
     for result in results:
         del result["segmentation"]
@@ -122,10 +122,10 @@ def test_no_detections_are_an_ap_of_zero(tmp_path, caplog):
     assert metrics["bbox"] == metrics["segm"]
     assert [metrics["bbox"][m] for m in ["AP", "AP50", "AP75", "APs", "AP-a"]] == [0] * 5
     assert all(math.isnan(metrics["bbox"][m]) for m in ["APm", "APl", "AP-b"])
-    assert "not one detection" in caplog.text
+    assert "There are no detections" in caplog.text
 
 
-def test_what_ones_own_files_lack_is_filled_in(tmp_path, hand_made):
+def test_what_is_missing_in_custom_files_is_filled_in(tmp_path, hand_made):
     json_file, results = hand_made
     data = json.loads(json_file.read_text())
     for i, a in enumerate(data["annotations"]):
@@ -144,7 +144,7 @@ def test_nothing_is_printed(hand_made, capfd, caplog):
     assert "Evaluate annotation type *segm*" in caplog.text
 
 
-def test_inputs_are_left_alone(hand_made):
+def test_inputs_are_not_changed(hand_made):
     json_file, results = hand_made
     before = json.dumps(results)
     evaluate(json_file, results)
@@ -205,7 +205,7 @@ def test_to_coco_results():
     assert to_coco_results(42, prediction([], [], []), MAPPING) == []
 
 
-def test_a_class_that_the_dataset_lacks_is_an_error():
+def test_a_class_that_is_not_in_the_dataset_is_an_error():
     with pytest.raises(ValueError, match="Class 2 was predicted.* 2 classes.*NUM_CLASSES"):
         to_coco_results(1, prediction([[0, 0, 1, 1]], [0.5], [2]), MAPPING)
 
@@ -255,7 +255,7 @@ def test_format_table():
 
 @pytest.fixture
 def random_case(tmp_path):
-    """A dozen images of objects of all sizes, crowds among them, and detections about them."""
+    """Make a dozen images with objects of all sizes, some of them crowds, and detections."""
     rng = np.random.default_rng(0)
     annotations, predictions = [], {}
     for image in range(1, 13):

@@ -1,4 +1,4 @@
-"""Statistics against values from tables, by hand and by enumeration."""
+"""Statistics against values from tables, calculated by hand, and by enumeration."""
 
 import itertools
 import math
@@ -89,7 +89,7 @@ def test_many_pairs_take_a_sample_of_the_signs():
 
 
 def test_no_common_seed():
-    with pytest.raises(DataError, match=r"no seed is in both: the one has \[1, 2\], the other \[3"):
+    with pytest.raises(DataError, match=r"no seed is in both: one has \[1, 2\], the other \[3"):
         paired_difference({1: 1.0, 2: 2.0}, {3: 1.0})
     with pytest.raises(DataError, match="diverged"):
         paired_difference({1: math.nan}, {1: 1.0})
@@ -133,7 +133,7 @@ def test_bad_corruption_results(clean, corrupted, message):
 def test_steps_to():
     steps = [10, 20, 30, 40, 50]
     loss = [5, 1, 3, 2, 0]
-    assert steps_to(steps, loss, 1, below=True) == 20  # the value itself counts
+    assert steps_to(steps, loss, 1, below=True) == 20  # a value equal to the target counts
     assert steps_to(steps, loss, 0.5, below=True) == 50
     assert steps_to(steps, loss, -1, below=True) is None
     # Means of 3: 3, 2, 5 / 3 at steps 30, 40, 50

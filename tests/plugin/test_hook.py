@@ -182,7 +182,7 @@ def test_ones_own_hook_takes_the_place_of_the_other(detectron2_cfg):
 
     trainer = trainer_of(detectron2_cfg)
     automatic = hook_of(trainer)
-    options = RefBNOptions(0.5, "pooled", refresh="slice", num_images=3, slice_size=1)
+    options = RefBNOptions(0.5, gradient="pooled", refresh="slice", num_images=3, slice_size=1)
     images = DatasetCatalog.get("tiny_val")
     mapper = DatasetMapper(detectron2_cfg, is_train=True)
     own = ReferenceBatchHook(options, images, mapper)

@@ -23,7 +23,7 @@ OPTIONS = RefBNOptions(
 
 
 class Detector(nn.Module):
-    """A backbone that returns a dict, and a head of its own norm, called twice."""
+    """A backbone that returns a dict, and a head with its own norm, called twice."""
 
     def __init__(self):
         super().__init__()
@@ -103,7 +103,7 @@ def test_capture_keeps_the_moments_of_the_layers_own_inputs():
 def test_capture_touches_nothing_but_the_reference(training):
     model, reference = make("static")
     model.train(training)
-    model.backbone[1].eval()  # one that its owner has frozen
+    model.backbone[1].eval()  # frozen by its owner
     model(images(1, 3)).backward()
     state = copy.deepcopy(model.state_dict())
     gradients = [p.grad.clone() for p in model.parameters()]
@@ -150,7 +150,7 @@ def test_slices_walk_through_the_reference_every_period(refresh):
     train(model, reference, 8)
     handle.remove()
     reference_images = images(7, 6)
-    # Whatever runs beside the batch of three, in order of its running:
+    # What runs besides the batch of three, in this order:
     slices = [x for x in rows if len(x) == 2] if refresh == "slice" else [
         x[3:] for x in rows if len(x) == 5
     ]  # fmt: skip
@@ -227,7 +227,7 @@ def test_a_slice_is_appended_to_a_classifiers_own_input():
 
 
 def test_virtual_batch_norm_is_whole_reference_with_weight_one():
-    """All of it appended, w = momentum = 1: the reference's moments under this step's weights."""
+    """With all of it appended and w = momentum = 1, it has the moments of this step's weights."""
     model, reference = make(
         "concat", reference_weight=1.0, gradient="reference", slice_size=6, slice_momentum=1.0
     )
@@ -275,7 +275,7 @@ def test_begin_captures_the_dataset(caplog):
     assert "in 2 of 2 layers: 6 images of d, seed" in caplog.text
 
 
-def test_begin_keeps_the_checkpoints_reference_and_captures_what_it_lacks():
+def test_begin_keeps_the_checkpoints_reference_and_captures_what_is_missing():
     model, reference = make("static", reference="checkpoint")
     kept, fresh = model.backbone[1], model.head[1]
     kept.commit(Moments(torch.full((4,), 0.3), torch.full((4,), 2.0), 77))
@@ -284,12 +284,12 @@ def test_begin_keeps_the_checkpoints_reference_and_captures_what_it_lacks():
     kept.register_forward_hook(lambda m, args, y: passes.append((args[0], y)))
     reference.begin()
     assert kept.ref_mean.eq(0.3).all() and kept.ref_var.eq(2.0).all() and kept.ref_count == 77
-    [(x, y)] = passes  # normalised by what is kept
+    [(x, y)] = passes  # normalized by the reference that was kept
     torch.testing.assert_close(y, (x - 0.3) / (2.0 + 1e-5) ** 0.5)
     seen = torch.cat([x.flatten(1) for x in inputs], 1)
     torch.testing.assert_close(fresh.ref_mean, seen.mean(1))
     moments = fresh.ref_mean.clone()
-    reference.begin()  # nothing is left to capture
+    reference.begin()  # there is nothing more to capture
     assert torch.equal(fresh.ref_mean, moments) and len(passes) == 1
 
 
@@ -316,7 +316,7 @@ def _worker(rank, port, refresh, path):
         torch.manual_seed(iteration)
         del collectives[:]
         reference.before_step(iteration)
-        model(images(10 * iteration + rank, 3)).backward()  # each worker its own batch
+        model(images(10 * iteration + rank, 3)).backward()  # each worker has its own batch
         reference.after_step()
         counts.append(len(collectives))
     dist.all_reduce = all_reduce
@@ -348,7 +348,7 @@ def test_workers_agree_with_one_collective_per_refresh(tmp_path, free_port, refr
 
 
 class HeadOfSome(Detector):
-    """A head that gets what the samples that are not all zero hold."""
+    """A head that gets only the samples that are not all zero."""
 
     def forward(self, images):
         features = self.backbone(torch.stack(images))["p2"]
@@ -366,7 +366,7 @@ def _worker_with_an_empty_head(rank, port, path):
     inputs, references = [], []
     layer = model.head[1]
     layer.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
-    # None sees RoIs; worker 1 alone; both; both
+    # Workers with RoIs: none, only worker 1, both, both
     for iteration, batch in enumerate(
         [nothing, images(9, 3) if rank else nothing, *[images(5, 2)] * 2]
     ):
@@ -470,7 +470,7 @@ def test_joined_datasets_may_share_ids_and_names(dataset_dicts, tmp_path):
 
 
 def test_images_that_are_no_files_of_their_own(dataset_dicts):
-    """Such as those in a tar file: their dicts bring a function that reads."""
+    """Images in a tar file, for example, have a "read" function in their dicts."""
     contents = {i: b"%d" % i for i in range(4)}
     packed = [
         {"image_id": i, "file_name": f"a/{i}.png", "label": 7, "read": lambda i=i: contents[i]}
@@ -499,7 +499,7 @@ def test_a_step_that_failed_leaves_nothing(tmp_path):
     model, reference = make("concat")
     reference.capture()
     reference.before_step(0)
-    assert len(model.eval().backbone(torch.zeros(3, 3, 8, 8))["p2"]) == 3  # and none in evaluation
+    assert len(model.eval().backbone(torch.zeros(3, 3, 8, 8))["p2"]) == 3  # and none in eval mode
     reference.before_step(1)
     rows = []
     model.backbone[0].register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))

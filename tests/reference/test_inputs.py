@@ -1,4 +1,4 @@
-"""What ReferenceBatch infers from the model and the images; oracles are forward hooks."""
+"""ReferenceBatch infers its inputs from the model and the images. Oracles: forward hooks."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ def rows_seen(module):
 
 
 def test_two_lines_and_a_context_manager_around_the_step():
-    """The reference is captured before the first step; 8 of 16 images join every fourth batch."""
+    """It is captured before the first step, and 8 of 16 images join every fourth batch."""
     model = classifier()
     reference = ReferenceBatch(model, images(16))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -97,7 +97,7 @@ def test_no_images():
         ReferenceBatch(classifier(), images(0))
 
 
-def test_a_step_that_fails_leaves_nothing_behind():
+def test_a_step_that_fails_leaves_no_hooks():
     model = classifier()
     reference = ReferenceBatch(model, images(16))
     with pytest.raises(KeyError), reference.step():
@@ -126,7 +126,7 @@ def test_a_module_that_is_not_called_is_noticed():
 
 
 class PixelDetector(nn.Module):
-    """As Detectron2's: dicts with "image", `pixel_mean`, `pixel_std`, `backbone`."""
+    """Like Detectron2's: takes dicts with "image"; has `pixel_mean`, `pixel_std`, `backbone`."""
 
     def __init__(self):
         super().__init__()

@@ -62,7 +62,7 @@ def test_panels_without_values_are_left_out(tmp_path, keys, width):
 
 
 def test_accuracies(tmp_path):
-    """A colour for each set of images; in training as logged (pale) and smooth."""
+    """Each set of images has a color; training is drawn as logged (pale) and smoothed."""
     data = records(100, ["train/top1", "train/top5", "val/top1"])
     plot_curves(write(tmp_path / "m.json", data), tmp_path / "c.png")
     picture = read(tmp_path / "c.png")
@@ -78,7 +78,7 @@ def test_few_points(tmp_path, n):
     assert count(read(tmp_path / "c.png"), RGB[1]) > 10
 
 
-def test_values_that_are_no_numbers(tmp_path):
+def test_values_that_are_not_numbers(tmp_path):
     data = records(50)
     for record in data[10:20]:
         record |= {"total_loss": float("nan"), "loss_cls": float("inf"), "bbox/AP": float("nan")}
@@ -91,7 +91,7 @@ def test_values_that_are_no_numbers(tmp_path):
     assert np.isfinite(curves["loss_cls"][1][20:]).all()
 
 
-def test_lines_of_an_iteration_are_taken_together_and_the_last_counts(tmp_path):
+def test_lines_of_an_iteration_are_merged_and_the_last_counts(tmp_path):
     data = [
         {"iteration": 0, "lr": 1.0},
         {"iteration": 40, "lr": 3.0},
@@ -105,7 +105,7 @@ def test_lines_of_an_iteration_are_taken_together_and_the_last_counts(tmp_path):
     np.testing.assert_array_equal(curves["bbox/AP"], [[40], [7]])
 
 
-def test_a_last_line_that_is_being_written_is_passed_over(tmp_path):
+def test_a_last_line_that_is_being_written_is_skipped(tmp_path):
     whole = write(tmp_path / "whole.json", records(3))
     cut = write(tmp_path / "cut.json", records(3), tail='{"iteration": 60, "lr')
     assert str(_read_curves(cut)) == str(_read_curves(whole))
@@ -136,7 +136,7 @@ def test_smoothing_keeps_level_and_slope_and_reduces_noise():
 
 
 def test_compare_curves(tmp_path):
-    """A colour for each run in every panel, also where another run lacks the metric."""
+    """Each run has one color in all panels, even if another run has no such metric."""
     a = write(tmp_path / "a.json", records(100))
     b = write(tmp_path / "b.json", records(100, ["loss_x", "total_loss"]))
     c = write(tmp_path / "c.json", records(100, ["lr", "loss_x", "bbox/AP", "total_loss"]))

@@ -44,7 +44,7 @@ def tile(picture, column, row=0):
 NAMES = ["cat", "dog", "$cow_{", "a very long name of a class"]
 
 
-def test_prediction_and_ground_truth_stand_side_by_side(tmp_path):
+def test_prediction_and_ground_truth_are_side_by_side(tmp_path):
     prediction = content([[20, 40, 60, 80]], [1], [0.9], masks=True)
     truth = content([[30, 40, 70, 80]], [0])
     draw_samples([(image(), prediction, truth)], NAMES, tmp_path / "s.png")
@@ -109,7 +109,7 @@ def test_labels_do_not_cover_one_another(tmp_path):
     draw_samples([(image(), made, None)], NAMES, tmp_path / "s.png")
     part = tile(read(tmp_path / "s.png"), 0)
     spans = []
-    for color in RGB[1:3]:  # the first one's box covers theirs: their colours are their labels'
+    for color in RGB[1:3]:  # the first box covers theirs: only their labels show their colors
         rows, columns = np.nonzero((part == color).all(axis=2))
         spans.append((rows.min(), rows.max(), columns.min(), columns.max()))
         assert len(rows) > 0.4 * (np.ptp(rows) + 1) * (np.ptp(columns) + 1)

@@ -1,4 +1,4 @@
-"""Shapes: a synthetic COCO set and an ImageFolder set, drawn the same on every machine."""
+"""Draw shapes: a synthetic COCO set and an ImageFolder set, the same on every machine."""
 
 from refbn_d2.data.shapes.dataset import (
     GENERATOR,

@@ -1,4 +1,4 @@
-"""Command line of the shapes, and their contact sheet."""
+"""Make the shapes and their contact sheet from the command line."""
 
 import argparse
 import json
@@ -17,9 +17,10 @@ _FONT = cv2.FONT_HERSHEY_PLAIN
 
 
 def contact_sheet(folder: str | os.PathLike, path: str | os.PathLike, columns: int = 8) -> None:
-    """Draws `columns` validation images of every domain, a row each, with outlines and class names.
+    """Draw `columns` validation images of every domain, with outlines and class names.
 
-    `folder` is what `make_detection` or `make_classification` returned, `path` the PNG to write.
+    Each domain is a row. `folder` is what `make_detection` or `make_classification` returned, and
+    `path` is the PNG to write.
     """
     info = json.loads(Path(folder, "info.json").read_text())
     blank = np.zeros((2 * info["size"][0] + 2, 2 * info["size"][1] + 2, 3), np.uint8)
@@ -39,7 +40,7 @@ def contact_sheet(folder: str | os.PathLike, path: str | os.PathLike, columns: i
 
 
 def _tile(scene: Scene) -> np.ndarray:
-    """A scene twice as large, with its polygons and the names of its classes."""
+    """Return a scene, enlarged twice, with its polygons and the names of its classes."""
     tile = cv2.resize(scene.image, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     for mask in scene.masks:
         outline = [2 * np.array(flat, np.int32).reshape(-1, 2) for flat in polygons(mask)]
@@ -59,19 +60,19 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`python -m refbn_d2.data.shapes`: makes a set and its contact sheet."""
+    """Make a set and its contact sheet: `python -m refbn_d2.data.shapes`."""
     parser = argparse.ArgumentParser(
         "python -m refbn_d2.data.shapes", argument_default=argparse.SUPPRESS
     )
     add = parser.add_argument
-    add("--root", metavar="DIR", help="of datasets [$DETECTRON2_DATASETS or ./datasets]")
+    add("--root", metavar="DIR", help="folder of datasets [$DETECTRON2_DATASETS or ./datasets]")
     add("--classification", action="store_true", help="the ImageFolder set, not the COCO set")
-    add("--seed", type=int, metavar="N", help="of every choice [0]")
-    add("--size", type=_size, metavar="PX", help="128, or 96x160: height first [64 to classify]")
-    add("--train", type=int, metavar="N", dest="num_train", help="images [4000; 6000 to classify]")
-    add("--val", type=int, metavar="N", dest="num_val", help="images [500; 1200 to classify]")
+    add("--seed", type=int, metavar="N", help="seed of the drawing [0]")
+    add("--size", type=_size, metavar="PX", help="128, or 96x160: height x width [128; 64]")
+    add("--train", type=int, metavar="N", dest="num_train", help="images to train on [4000; 6000]")
+    add("--val", type=int, metavar="N", dest="num_val", help="images to validate on [500; 1200]")
     add("--contact-sheet", metavar="PNG", help="[contact_sheet.png in the set's folder]")
-    given = vars(parser.parse_args(argv))  # what was not given is left to the functions' defaults
+    given = vars(parser.parse_args(argv))  # for the rest the functions have defaults
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     make = make_classification if given.pop("classification", False) else make_detection
     sheet = given.pop("contact_sheet", None)

@@ -1,4 +1,4 @@
-"""The shapes as folders on disk, in COCO's format and as class folders; made on first use."""
+"""Write the shapes to disk on first use, in COCO's format or as class folders."""
 
 import contextlib
 import errno
@@ -30,54 +30,63 @@ logger = logging.getLogger(__name__)
 
 
 GENERATOR = "refbn_d2.data.shapes"
-VERSION = "1"  # raise it with every change to a pixel or an annotation: folders on disk are remade
+VERSION = "1"  # raise it with every change of a pixel or annotation: folders on disk are remade
 _PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
 _PNG += [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]  # a third faster, a sixth larger
 
 
 def domain_of(file_name: str) -> str | None:
-    """The domain that a file of `make_classification` is of, or None for another's file."""
+    """Return the domain of a file of `make_classification`, or None for any other file."""
     domain = Path(file_name).stem.rpartition("_")[2]
     return domain if domain in DOMAINS else None
 
 
 def datasets_root() -> Path:
-    """Where datasets live: the environment's DETECTRON2_DATASETS, "./datasets" by default."""
+    """Return the folder of datasets: the environment's DETECTRON2_DATASETS, else "./datasets"."""
     return Path(os.environ.get("DETECTRON2_DATASETS") or "datasets")
 
 
 def make_detection(root=None, *, seed=0, size=128, num_train=4000, num_val=500) -> Path:
-    """Makes the COCO set unless it is there already; returns its folder, `root`/shapes.
+    """Make the COCO set unless it exists; return its folder, `root`/shapes.
 
-    shapes/{train,val}/000001.png, shapes/annotations/instances_{train,val}.json, and the same
-    annotations by domain, instances_{train,val}_{domain}.json. Image dicts hold their "domain".
-    Masks are polygons of the visible part; boxes and areas are the mask's. The folder appears whole
-    or not at all, and several processes may make it at once.
+    Files:
+
+        shapes/{train,val}/000001.png
+        shapes/annotations/instances_{train,val}.json
+        shapes/annotations/instances_{train,val}_{domain}.json    the same, one domain each
+
+    Image dicts have a "domain". Masks are polygons of the visible part; boxes and areas are those
+    of the mask. The folder appears whole or not at all, and several processes may make it at once.
 
     Args:
         root (path): the folder of datasets; None: `datasets_root()`.
-        seed (int): of every choice.
-        size (int or (H, W)): of the images, at least 64 pixels each way.
-        num_train, num_val (int): images.
+        seed (int): the seed of the drawing.
+        size (int or (H, W)): the size of the images, at least 64 pixels in height and width.
+        num_train, num_val (int): the number of images.
 
     Raises:
         ConfigError: a parameter is out of range.
-        FileExistsError: the folder holds other files, or a set made with other parameters.
+        FileExistsError: the folder has other files, or a set made with other parameters.
     """
     return _make("detection", root, seed, size, num_train, num_val)
 
 
 def make_classification(root=None, *, seed=0, size=64, num_train=6000, num_val=1200) -> Path:
-    """Makes the ImageFolder set unless it is there already; returns its folder.
+    """Make the ImageFolder set unless it exists; return its folder, `root`/shapes_cls.
 
-    shapes_cls/{train,val}/<class>/000123_<domain>.png, one object an image. Otherwise as
-    `make_detection`; the images are at least 32 pixels high and wide.
+    Files are shapes_cls/{train,val}/<class>/000123_<domain>.png, with one object per image.
+    Arguments and errors are those of `make_detection`, except that the images are at least 32
+    pixels high and wide.
     """
     return _make("classification", root, seed, size, num_train, num_val)
 
 
 def ensure_detection(root=None) -> Path:
-    """The default COCO set under `root`, made on first use. Raises as `make_detection`."""
+    """Make the default COCO set under `root` unless it exists; return its folder.
+
+    Raises:
+        FileExistsError: see `make_detection`.
+    """
     return make_detection(root)
 
 
@@ -88,7 +97,8 @@ def _make(kind: str, root, seed: int, size, num_train: int, num_val: int) -> Pat
         raise ConfigError(f"size is {size}: {kind} images need (H, W) of {smallest} pixels or more")
     if seed < 0 or min(num_train, num_val) < 1:
         raise ConfigError(
-            f"seed is {seed}, num_train {num_train}, num_val {num_val} (least: 0, 1, 1)"
+            f"seed is {seed}, num_train {num_train}, num_val {num_val}; allowed: seed 0 or more, "
+            "num_train and num_val 1 or more"
         )
     info = {"generator": GENERATOR, "version": VERSION, "kind": kind, "seed": seed}
     info.update(size=list(size), num_train=num_train, num_val=num_val)
@@ -98,7 +108,7 @@ def _make(kind: str, root, seed: int, size, num_train: int, num_val: int) -> Pat
         return target
     root.mkdir(parents=True, exist_ok=True)
     logger.info(f"Drawing {num_train} + {num_val} {kind} images of {size[0]}x{size[1]} pixels")
-    # Every process builds in a folder of its own; the first to finish gives it the name.
+    # Every process builds in its own folder; the first to finish renames it to `target`.
     with tempfile.TemporaryDirectory(prefix=f".{folder}-", dir=root) as own:
         new = Path(own, "new")
         new.mkdir()
@@ -120,9 +130,9 @@ def _make(kind: str, root, seed: int, size, num_train: int, num_val: int) -> Pat
 
 
 def _is_made(target: Path, info: dict) -> bool:
-    """Whether `target` holds the set `info` asks for; an error where it holds something else."""
+    """Return whether `target` holds the set of `info`; raise if it holds something else."""
     found = None
-    for _ in range(2):  # twice, as another process may rename a folder between two looks
+    for _ in range(2):  # twice: another process may rename the folder between the two checks
         try:
             found = json.loads((target / "info.json").read_text())
             break
@@ -133,26 +143,28 @@ def _is_made(target: Path, info: dict) -> bool:
             break
     way = "or choose another root (--root or the environment's DETECTRON2_DATASETS)"
     if not isinstance(found, dict) or found.get("generator") != GENERATOR:
-        raise FileExistsError(f"{target} is there, and {GENERATOR} did not make it: move it, {way}")
+        raise FileExistsError(f"{target} exists, but {GENERATOR} did not make it: move it, {way}")
     kept = ("kind", "seed", "size", "num_train", "num_val")
     other = [f"{k} {found.get(k)} (asked for: {info[k]})" for k in kept if found.get(k) != info[k]]
     if other:
-        raise FileExistsError(f"{target} holds a set with {', '.join(other)}: remove it, {way}")
+        raise FileExistsError(f"{target} has a set with {', '.join(other)}: remove it, {way}")
     if found != info:
-        logger.warning(f"{target} is of generator version {found.get('version')}: made anew")
+        logger.warning(f"{target} has generator version {found.get('version')}: making it again")
         return False
     names = [name for place, _, names in os.walk(target) for name in names if place != str(target)]
     if len(names) < info["num_train"] + info["num_val"] + _KINDS[info["kind"]][3]:
-        logger.warning(f"{target} lacks files: made anew")
+        logger.warning(f"{target} has missing files: making it again")
         return False
     return True
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
+    """Write `image` (H, W, 3) uint8 BGR as PNG."""
     path.write_bytes(cv2.imencode(".png", image, _PNG)[1].tobytes())
 
 
 def scenes(info: dict, split: str) -> Iterator[tuple[int, Scene]]:
+    """Yield (index, scene) of every image of `split`; `info` is the content of info.json."""
     draw = draw_detection if info["kind"] == "detection" else draw_classification
     indices = range(info[f"num_{split}"])
     for index in tqdm(indices, f"shapes {split}", unit="image", disable=None):
@@ -210,7 +222,7 @@ def _write_classification(folder: Path, info: dict) -> None:
             write_png(folder / split / CLASSES[scene.labels[0]] / name, scene.image)
 
 
-# kind -> folder, smallest side of an image, writer (folder, info), files beside the images
+# kind -> folder, smallest side of an image, writer (folder, info), number of files not images
 _KINDS = {
     "detection": ("shapes", 64, _write_detection, len(SPLITS) * (1 + len(DOMAINS))),
     "classification": ("shapes_cls", 32, _write_classification, 0),

@@ -1,20 +1,18 @@
-"""Shapes: a synthetic COCO set and an ImageFolder set, drawn the same on every machine.
+"""Draw the images of the shapes, the same on every machine.
 
-    python -m refbn_d2.data.shapes [--root DIR] [--classification] [--seed N] [--size PX] ...
-
-Twelve classes differ in outline alone: colours, textures, sizes, angles and clutter are drawn
-without regard to the class. Every image belongs to one of seven photometric domains, which shift
-the statistics of channels and edges as far as different cameras would; a batch from a single domain
-is what BatchNorm fails on.
+Twelve classes differ only in outline: colors, textures, sizes, angles and clutter are drawn
+independently of the class. Every image belongs to one of seven photometric domains. They shift the
+statistics of channels and edges as far as different cameras would: BatchNorm fails on a batch from
+a single domain.
 
     H, W        height and width of an image in pixels
     image       (H, W, 3) uint8, BGR
     mask        (H, W) bool
     owner       (H, W) uint8: i + 1 where object i is visible, 0 on the background
 
-OpenCV draws, by its functions on integers: no antialiasing, vertices in 1/16 pixel, 8-bit filters
-that it documents as bit-exact. What is random are integers of a generator seeded by (seed, kind,
-split, index), and a sine is rounded before it is used. A test holds the pixels to a hash.
+Only functions of OpenCV on integers draw: no antialiasing, vertices in 1/16 pixel, and 8-bit
+filters documented as bit-exact. All random numbers are integers from a generator seeded by (seed,
+kind, split, index). Sines are rounded before use. A test compares the pixels with a hash.
 """
 
 import logging
@@ -31,9 +29,9 @@ DOMAINS = ("plain", "lighting", "palette", "blur", "noise", "contrast", "inverte
 
 MAX_OBJECTS = 7
 TILT = 20  # degrees to either side
-MIN_VISIBLE = 0.4  # of the whole shape, what occlusion and the image's border must leave
+MIN_VISIBLE = 0.4  # share of a shape that occlusion and the image's border must leave visible
 MIN_AREA = 24  # visible pixels
-DIAMETERS = (16, 30, 52, 88)  # bounds of three equally likely ranges, in 1/128 of the shorter side
+DIAMETERS = (16, 30, 52, 88)  # bounds of three ranges, equally likely, in 1/128 of the shorter side
 
 _SHIFT = 4  # fractional bits of a vertex
 _ONE = 1 << _SHIFT
@@ -43,7 +41,7 @@ _FONT = cv2.FONT_HERSHEY_PLAIN
 
 
 class Scene(NamedTuple):
-    """One drawn image; `masks[i]` is what is visible of object i, of class `CLASSES[labels[i]]`."""
+    """One drawn image; `masks[i]` is the visible part of object i, of class CLASSES[labels[i]]."""
 
     image: np.ndarray
     labels: list[int]
@@ -52,19 +50,19 @@ class Scene(NamedTuple):
 
 
 def _arc(radius: int, start: int, stop: int, cx: int = 0, cy: int = 0) -> list:
-    """Points of a circle about (cx, cy), from `start` to `stop` degrees."""
-    centre, axes = (10 * cx, 10 * cy), (10 * radius, 10 * radius)
-    return (cv2.ellipse2Poly(centre, axes, 0, start, stop, 8) / 10).tolist()
+    """Return points of a circle about (cx, cy), from `start` to `stop` degrees."""
+    center, axes = (10 * cx, 10 * cy), (10 * radius, 10 * radius)
+    return (cv2.ellipse2Poly(center, axes, 0, start, stop, 8) / 10).tolist()
 
 
 def _star(tips: int, inner: int) -> list:
-    """A regular polygon with `tips` tips; `inner` is the radius of the vertices between them."""
+    """Return a star with `tips` tips; `inner` is the radius of the vertices between them."""
     steps = [(100 if k % 2 == 0 else inner, math.pi * k / tips) for k in range(2 * tips)]
     return [(r * math.sin(a), -r * math.cos(a)) for r, a in steps]
 
 
 _LOBE = _arc(49, 212, 403, cx=42, cy=-28)
-# The contours of every class in a circle of radius 100 about (0, 0), y down; a second is a hole.
+# Contours of every class in a circle of radius 100 about (0, 0), y down; a second one is a hole.
 OUTLINES = {
     "circle": [_arc(100, 0, 352)],
     "triangle": [_star(3, 50)[::2]],
@@ -92,32 +90,32 @@ def _cos_sin(degrees: int) -> tuple[int, int]:
 
 
 def _pose(label: int, diameter: int, squeeze: int, degrees: int) -> list[np.ndarray]:
-    """A class's contours about (0, 0), narrowed to squeeze / 256 and turned, in 1/16 pixel."""
+    """Return a class's contours about (0, 0), narrowed to squeeze / 256, rotated, in 1/16 pixel."""
     cos, sin = _cos_sin(degrees)
-    # fillPoly adds the pixels on the outline, half a pixel all around.
+    # fillPoly also fills the pixels on the outline, half a pixel all around.
     turn = np.array([[cos * squeeze, sin * squeeze], [-sin * 256, cos * 256]]) * (diameter - 1)
     return [(c @ turn * _ONE // (2000 << 22)).astype(np.int32) for c in _TEMPLATES[label]]
 
 
 def _fill(canvas: np.ndarray, contours: list, value: int | list, x: int, y: int) -> np.ndarray:
-    """Fills contours moved by (x, y) / 16 pixels, in place; a contour within another is a hole."""
+    """Fill contours moved by (x, y) / 16 pixels, in place; a contour inside another is a hole."""
     return cv2.fillPoly(canvas, contours, value, cv2.LINE_8, _SHIFT, (x, y))
 
 
 def polygons(mask: np.ndarray) -> list[list[int]]:
-    """COCO polygons along the pixel edges of a mask (H, W): rasterised, they give it back exactly.
+    """Return COCO polygons along the pixel edges of a mask (H, W); they rasterize to it exactly.
 
-    Each 8-connected part is one flat list x0, y0, x1, y1, ... A cut leads from its first vertex to
-    each of its holes and back again, so that the parity rule leaves the holes out.
+    Each 8-connected part is one flat list x0, y0, x1, y1, ... A cut goes from its first vertex to
+    each hole and back, so that the parity rule leaves the holes out.
     """
     x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
     part = mask.view(np.uint8)[y : y + height, x : x + width]
-    # The pixel at x becomes two, at 2x and 2x + 1; what is traced through their centres is then
-    # moved out to the edges they stand at, x and x + 1.
+    # The pixel at x becomes two, at 2x and 2x + 1. Contours run through their centers. They are
+    # then moved to the pixel's edges, x and x + 1.
     twice = cv2.resize(part, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     contours, tree = cv2.findContours(twice, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     loops = [(contour[:, 0] + 1) // 2 + (x, y) for contour in contours]
-    loops = [c[np.diff(c, axis=0, prepend=c[-1:]).any(axis=1)] for c in loops]  # no point twice
+    loops = [c[np.diff(c, axis=0, prepend=c[-1:]).any(axis=1)] for c in loops]  # no repeated points
     out = []
     for loop, (_, _, hole, parent) in zip(loops, tree[0], strict=True):
         if parent >= 0:
@@ -131,21 +129,21 @@ def polygons(mask: np.ndarray) -> list[list[int]]:
 
 
 def _coordinates(degrees: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two grids (h, w) in 1/16 pixel, along an angle and across it."""
+    """Return two grids (h, w) in 1/16 pixel: coordinates along an angle, and across it."""
     cos, sin = _cos_sin(degrees)
     x, y = np.arange(width, dtype=np.int32), np.arange(height, dtype=np.int32)[:, None]
     return x * cos + y * sin >> 10, y * cos - x * sin >> 10
 
 
 def _ramp(u: np.ndarray) -> np.ndarray:
-    """A grid of coordinates scaled to 0..255."""
+    """Return a grid of coordinates, scaled to 0..255."""
     return (u - u.min()) * 255 // max(int(np.ptp(u)), 1)
 
 
-def _texture(rng: np.random.Generator, shape: tuple[int, int], colours: np.ndarray, kinds: int):
-    """A two-colour pattern (h, w, 3) uint8, one of the first `kinds` of these:
+def _texture(rng: np.random.Generator, shape: tuple[int, int], colors: np.ndarray, kinds: int):
+    """Return a pattern (h, w, 3) uint8 of two `colors` (2, 3), with a period of 6 to 24 pixels.
 
-    flat, gradient, stripes, checker, dots, blobs, with a period of 6 to 24 pixels; colours (2, 3).
+    It is one of the first `kinds` of these: flat, gradient, stripes, checker, dots, blobs.
     """
     height, width = shape
     kind, degrees, period = rng.integers([0, 0, 6 * _ONE], [kinds, 360, 24 * _ONE]).tolist()
@@ -165,63 +163,64 @@ def _texture(rng: np.random.Generator, shape: tuple[int, int], colours: np.ndarr
         cell = period // _ONE
         grid = rng.integers(0, 256, (height // cell + 2, width // cell + 2), dtype=np.uint8)
         weights = cv2.resize(grid, (width, height), interpolation=cv2.INTER_LINEAR_EXACT)
-    ramp = colours[0] + (colours[1] - colours[0]) * _LEVELS // 255
+    ramp = colors[0] + (colors[1] - colors[0]) * _LEVELS // 255
     return cv2.applyColorMap(weights.astype(np.uint8), ramp.astype(np.uint8)[:, None])
 
 
 def _contrasting(rng: np.random.Generator, others: list[np.ndarray]) -> np.ndarray:
-    """A random colour (3,) at least 64 levels a channel, on average, from all `others`.
+    """Return a random color (3,) that differs from all `others`.
 
-    Where 24 draws hold none, the one furthest from its nearest.
+    The difference is at least 64 levels per channel, on average. If none of 24 draws has it, return
+    the draw that is furthest from its nearest color.
     """
     draws = rng.integers(0, 256, (24, 3))
     nearest = np.abs(draws[:, None] - np.stack(others)).sum(axis=2).min(axis=1)
-    return draws[np.minimum(nearest, 3 * 64).argmax()]  # the first of those that will do
+    return draws[np.minimum(nearest, 3 * 64).argmax()]  # the first draw that is far enough
 
 
 def _smooth(image: np.ndarray, size: int) -> np.ndarray:
-    """A Gaussian blur, `size` pixels wide, on OpenCV's bit-exact path."""
+    """Blur by a Gaussian, `size` pixels wide, on OpenCV's bit-exact path."""
     return cv2.GaussianBlur(image, (size, size), 0, hint=cv2.ALGO_HINT_ACCURATE)
 
 
 def _background(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """A dark to middling texture under thin, crooked strokes; also its two colours (2, 3)."""
+    """Return a dark or medium texture under thin, crooked strokes, and its two colors (2, 3)."""
     height, width = size
-    colours = rng.integers(0, 150, (2, 3))
-    image = _texture(rng, size, colours, kinds=6)
+    colors = rng.integers(0, 150, (2, 3))
+    image = _texture(rng, size, colors, kinds=6)
     reach = max(size) * _ONE // 6
     for _ in range(rng.integers(0, 9)):
         corners, thickness = rng.integers([2, 1], [6, 3]).tolist()
         start = rng.integers(0, [width * _ONE, height * _ONE])
         wobble = rng.integers(-reach // 3, reach // 3, (corners, 2))
         line = np.arange(corners)[:, None] * rng.integers(-reach, reach, 2) + wobble + start
-        colour = rng.integers(0, 256, 3).tolist()
-        cv2.polylines(image, [line.astype(np.int32)], False, colour, thickness, cv2.LINE_8, _SHIFT)
-    return image, colours
+        color = rng.integers(0, 256, 3).tolist()
+        cv2.polylines(image, [line.astype(np.int32)], False, color, thickness, cv2.LINE_8, _SHIFT)
+    return image, colors
 
 
-def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, colour: np.ndarray):
-    """Fills a mask (H, W) uint8, flat or shaded about `colour`; every second has an outline."""
+def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, color: np.ndarray):
+    """Fill a mask (H, W) uint8, flat or shaded about `color`; half of them get an outline."""
     x, y, width, height = cv2.boundingRect(mask)
     mask = mask[y : y + height, x : x + width]
     view = image[y : y + height, x : x + width]
-    second = np.clip(colour + rng.integers(-70, 71, 3), 0, 255)
+    second = np.clip(color + rng.integers(-70, 71, 3), 0, 255)
     outlined, bright = rng.integers(0, 2, 2).tolist()
-    cv2.copyTo(_texture(rng, mask.shape, np.stack([colour, second]), kinds=2), mask, view)
+    cv2.copyTo(_texture(rng, mask.shape, np.stack([color, second]), kinds=2), mask, view)
     if outlined:
         inside = cv2.erode(mask, _CROSS, borderType=cv2.BORDER_CONSTANT, borderValue=0)
-        view[mask > inside] = colour // 3 + 170 * bright
+        view[mask > inside] = color // 3 + 170 * bright
 
 
 def _photograph(rng: np.random.Generator, image: np.ndarray, domain: str) -> np.ndarray:
-    """The scene as a camera of `domain` sees it."""
+    """Return the scene as a camera of `domain` sees it."""
     image = _smooth(image, 3)
-    if domain == "lighting":  # nearly night: a lamp on one side, fading across the image
+    if domain == "lighting":  # almost night: light from one side, fading across the image
         degrees, low, high = rng.integers([0, 30, 120], [360, 64, 190]).tolist()
         light = low + (high - low) * _ramp(_coordinates(degrees, *image.shape[:2])[0]) // 255
         light = cv2.merge([light.astype(np.uint8)] * 3)
         return (np.multiply(image, light, dtype=np.uint16) >> 8).astype(np.uint8)
-    if domain == "palette":  # false colours: channels change places and ranges; red is high
+    if domain == "palette":  # false colors: channels are swapped and rescaled; red is high
         table = _LEVELS * [130, 150, 115] // 256 + rng.integers([20, 0, 110], [60, 20, 140])
         blue, green, red = cv2.split(image)
         return cv2.LUT(cv2.merge([red, blue, green]), table.astype(np.uint8)[None])
@@ -233,7 +232,7 @@ def _photograph(rng: np.random.Generator, image: np.ndarray, domain: str) -> np.
         reach = rng.integers(70, 114)
         noise = rng.integers(-reach, reach + 1, image.shape, dtype=np.int16)
         return cv2.add(image, noise, dtype=cv2.CV_8U)
-    if domain == "contrast":  # fog: a fifth to a third of the contrast, on a bright level
+    if domain == "contrast":  # fog: a fifth to a third of the contrast, and bright
         gain, level = rng.integers([50, 130], [86, 165]).tolist()
         return cv2.LUT(image, (level + _LEVELS * gain // 256).astype(np.uint8))
     if domain == "inverted":
@@ -244,18 +243,24 @@ def _photograph(rng: np.random.Generator, image: np.ndarray, domain: str) -> np.
 def draw_detection(
     seed: int, split: str, index: int, size: tuple[int, int], domain: str | None = None
 ) -> Scene:
-    """Image `index` of a split: up to seven objects, later ones covering earlier ones.
+    """Draw image `index` of a split: up to seven objects, with later ones over earlier ones.
 
-    An object that would leave another, or itself, with less than `MIN_VISIBLE` of its pixels or
-    less than `MIN_AREA` is not drawn: everything that is drawn is annotated. `split` is one of
-    `SPLITS`, `size` (H, W); the domains take turns unless `domain` names one, on which the scene
-    does not depend.
+    An object is not drawn if it, or one that it covers, would keep less than `MIN_VISIBLE` of its
+    pixels or fewer than `MIN_AREA`. So everything that is drawn is annotated.
+
+    Args:
+        seed: the seed of the set, an integer from 0.
+        split: one of `SPLITS`.
+        index: the image's number in the split, from 0.
+        size: (H, W).
+        domain: one of `DOMAINS`; None: the domains alternate by index. The scene does not depend
+            on it.
     """
     domain = domain or DOMAINS[index % len(DOMAINS)]
     rng = np.random.default_rng([seed, 0, SPLITS.index(split), index])
     image, backdrop = _background(rng, size)
     owner = np.zeros(size, np.uint8)
-    labels, needed, colours = [], [0], [*backdrop]
+    labels, needed, colors = [], [0], [*backdrop]
     for _ in range(rng.integers(1, MAX_OBJECTS + 1)):
         number = len(labels) + 1
         label, squeeze = rng.integers([0, 200], [len(CLASSES), 257]).tolist()
@@ -275,14 +280,14 @@ def draw_detection(
         owner = trial
         labels.append(label)
         needed.append(need)
-        colours.append(_contrasting(rng, colours))
-        _paint(rng, image, (owner == number).astype(np.uint8), colours[-1])
+        colors.append(_contrasting(rng, colors))
+        _paint(rng, image, (owner == number).astype(np.uint8), colors[-1])
     masks = [owner == i + 1 for i in range(len(labels))]
     return Scene(_photograph(rng, image, domain), labels, masks, domain)
 
 
 def _place(rng: np.random.Generator, owner: np.ndarray) -> tuple[int, int, int]:
-    """A centre (x, y) in 1/16 pixel and a diameter in pixels; every third time upon an object."""
+    """Return a center (x, y) in 1/16 pixel and a diameter in pixels; a third are on an object."""
     height, width = owner.shape
     step = int(rng.integers(len(DIAMETERS) - 1))
     low, high = (max(12, min(height, width) * d // 128) for d in DIAMETERS[step : step + 2])
@@ -291,7 +296,7 @@ def _place(rng: np.random.Generator, owner: np.ndarray) -> tuple[int, int, int]:
     if len(taken):
         y, x = divmod(int(taken[rng.integers(len(taken))]), width)
         return x * _ONE, y * _ONE, diameter
-    # A quarter of the diameter may leave the image.
+    # A quarter of the diameter may be outside the image.
     edge = min(diameter * _ONE // 4, min(height, width) * _ONE // 2)
     x, y = rng.integers(edge, [width * _ONE - edge + 1, height * _ONE - edge + 1]).tolist()
     return x, y, diameter
@@ -300,7 +305,11 @@ def _place(rng: np.random.Generator, owner: np.ndarray) -> tuple[int, int, int]:
 def draw_classification(
     seed: int, split: str, index: int, size: tuple[int, int], domain: str | None = None
 ) -> Scene:
-    """Image `index` of a split: one object near the middle. Classes take turns, then domains."""
+    """Draw image `index` of a split: one object near the middle.
+
+    Classes alternate with every image, domains with every round of classes. Arguments are those of
+    `draw_detection`.
+    """
     domain = domain or DOMAINS[index // len(CLASSES) % len(DOMAINS)]
     rng = np.random.default_rng([seed, 1, SPLITS.index(split), index])
     image, backdrop = _background(rng, size)
@@ -308,7 +317,7 @@ def draw_classification(
     short = min(size)
     diameter, squeeze = rng.integers([short * 3 // 8, 200], [short * 7 // 8, 257]).tolist()
     degrees = int(rng.integers(-TILT, TILT + 1)) % 360
-    spare = (short - diameter) * _ONE // 2 + short  # a sixteenth of it may leave the image
+    spare = (short - diameter) * _ONE // 2 + short  # a sixteenth of it may be outside the image
     x, y = (np.array(size[::-1]) * _ONE // 2 + rng.integers(-spare, spare + 1, 2)).tolist()
     mask = _fill(np.zeros(size, np.uint8), _pose(label, diameter, squeeze, degrees), 1, x, y)
     _paint(rng, image, mask, _contrasting(rng, [*backdrop]))

@@ -1,4 +1,4 @@
-"""What RefBN is measured against: other norms for small or dependent batches. torch only."""
+"""Provide the norms that RefBN is measured against. They need torch only."""
 
 from refbn_d2.layers.peers.batch_renorm import BatchRenorm2d
 from refbn_d2.layers.peers.cross_iteration_bn import CrossIterationBatchNorm2d, link_cbn

@@ -1,4 +1,4 @@
-"""PeerBatchNorm2d: the base class of the peers of RefBN, a BatchNorm2d with a step counter."""
+"""Provide PeerBatchNorm2d, the base class of RefBN's peers: a BatchNorm2d with a step counter."""
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +9,12 @@ class PeerBatchNorm2d(nn.BatchNorm2d):
     """y = gamma (x - running_mean) / sqrt(running_var + eps) + beta in eval mode
 
     In training mode a subclass's `normalize` computes y. An empty batch (N = 0) passes through with
-    zero gradients and touches no statistic.
+    zero gradients and changes no statistic.
 
-    State: BatchNorm2d's keys and `steps` (int64), the training-mode calls of this layer, which
-    schedules count. `num_batches_tracked` would not do: it arrives with a pretrained BatchNorm.
-    A BatchNorm2d's state dict loads, with `steps` 0. This layer's loads into BatchNorm2d with
-    `strict=False`.
+    State: BatchNorm2d's keys and `steps` (int64), the number of training-mode calls of this layer.
+    Schedules depend on `steps`, not on `num_batches_tracked`, which a pretrained BatchNorm brings
+    along. A BatchNorm2d's state dict loads, with `steps` 0. This layer's state dict loads into
+    BatchNorm2d with `strict=False`.
 
     Args:
         num_features: C of an (N, C, H, W) input.
@@ -23,7 +23,7 @@ class PeerBatchNorm2d(nn.BatchNorm2d):
         affine: learn gamma and beta.
     """
 
-    # buffers, always there
+    # these buffers are never None
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -52,7 +52,7 @@ class PeerBatchNorm2d(nn.BatchNorm2d):
         return self.normalize(x)
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Return x (N, C, H, W), N > 0, normalized as in training, and update the statistics."""
+        """Normalize x (N, C, H, W), N > 0, as in training, and update the statistics."""
         raise NotImplementedError
 
     def average_factor(self) -> float:
@@ -67,7 +67,7 @@ class PeerBatchNorm2d(nn.BatchNorm2d):
 
 
 def check_steps(**steps: int) -> None:
-    """Return if every value is an integer of at least 0.
+    """Check that every value is an integer >= 0.
 
     Raises:
         ValueError: one is not; the message names it.

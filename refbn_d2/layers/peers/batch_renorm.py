@@ -1,4 +1,4 @@
-"""BatchRenorm2d: BatchNorm corrected toward its running statistics.
+"""Provide BatchRenorm2d: BatchNorm corrected toward its running statistics.
 
 Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models",
 NeurIPS 2017 (arXiv 1702.03275), Algorithm 1.
@@ -21,31 +21,32 @@ class BatchRenorm2d(PeerBatchNorm2d):
 
         r = clip(sigma_B / sigma, 1/r_max, r_max),   d = clip((mu_B - mu) / sigma, -d_max, d_max)
 
-    mu_B, var_B are the batch's moments, mu, var the running statistics before this batch enters
-    them. r and d are constants in the backward pass. With r_max = 1 and d_max = 0 this is
-    BatchNorm2d; where nothing is clipped, y is normalized by the running statistics.
+    mu_B, var_B are the batch's moments; mu, var are the running statistics before this batch is
+    averaged into them. r and d are constants in the backward pass. With r_max = 1 and d_max = 0
+    this is BatchNorm2d. Where nothing is clipped, x is normalized by the running statistics.
 
-    The clips open in the paper's proportions (section 4.1: BatchNorm for 5,000 steps, d_max = 5
-    reached after 25,000, r_max = 3 after 40,000, linearly), scaled by one number::
+    The clips grow linearly in the paper's proportions, scaled by `ramp_steps`. The paper (section
+    4.1) starts with 5,000 steps of BatchNorm, and reaches d_max = 5 after 25,000 steps and
+    r_max = 3 after 40,000.
 
         step                 0 .. ramp/8     5/8 ramp     ramp ..
         r_max                1               linear       r_max
         d_max                0               d_max        d_max
 
-    The running variance is BatchNorm's moving average, of variances with Bessel's correction, so
-    that checkpoints are BatchNorm's; the paper averages standard deviations.
+    The running variance averages variances with Bessel's correction, as BatchNorm does, so that
+    checkpoints are interchangeable with BatchNorm's. The paper averages standard deviations.
 
     Args:
-        num_features, eps, affine: as BatchNorm2d's.
-        momentum: of the running statistics. 0.01 is the paper's. Take 0.1 where `ramp_steps` is
-            below some 4,000: the statistics have to be good when the clips begin to open.
+        num_features, eps, affine: those of BatchNorm2d.
+        momentum: of the running statistics. The paper has 0.01. Take 0.1 if `ramp_steps` is below
+            about 4,000: the statistics must be accurate when the clips begin to grow.
         r_max, d_max: the final clips.
-        ramp_steps: training-mode calls of this layer until the clips are fully open. 40,000 is
-            the paper's; for other runs take a quarter of the steps, as it was there. 0: at once.
+        ramp_steps: training-mode calls of this layer until both clips are final; 0: from the start.
+            The paper has 40,000, a quarter of its run. Take a quarter of your run too.
 
     Raises:
-        ValueError: r_max < 1, d_max < 0, or `ramp_steps` is no integer >= 0; or, in a forward
-            pass, a single element a channel, as BatchNorm2d.
+        ValueError: r_max < 1, d_max < 0, or `ramp_steps` is not an integer >= 0; or a forward pass
+            in training has one element per channel, for which BatchNorm2d raises too.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class BatchRenorm2d(PeerBatchNorm2d):
         )
 
     def clips(self) -> tuple[Tensor, Tensor]:
-        """Return (r_max, d_max) of the present step as 0-dim tensors, without a device sync."""
+        """Return (r_max, d_max) of the current step as 0-dim tensors, without a device sync."""
         ramp = (self.steps - 1) / max(self.ramp_steps, 1)  # the first step is step 0
         if self.ramp_steps == 0:
             ramp = torch.ones_like(ramp)
@@ -90,7 +91,7 @@ class BatchRenorm2d(PeerBatchNorm2d):
             sigma = (self.running_var + self.eps).sqrt()
             r = ((var + self.eps).sqrt() / sigma).clamp(1 / r_max, r_max)
             d = ((mean - self.running_mean) / sigma).clamp(-d_max, d_max)
-        # gamma (r z + d) + beta is BatchNorm's gamma' z + beta': its kernels do the rest.
+        # gamma (r z + d) + beta is gamma' z + beta', which BatchNorm's kernels compute.
         weight, bias = r, d
         if self.affine:
             weight, bias = self.weight * r, self.bias + self.weight * d

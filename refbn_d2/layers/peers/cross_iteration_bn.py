@@ -1,4 +1,4 @@
-"""CrossIterationBatchNorm2d: BatchNorm over the last k batches, brought up to the present weights.
+"""Provide CrossIterationBatchNorm2d: BatchNorm over k batches, corrected to the current weights.
 
 Yao, Cao, Zheng, Huang, Lin, "Cross-Iteration Batch Normalization", CVPR 2021 (arXiv 2002.05712),
 section 3.
@@ -7,8 +7,8 @@ Shapes:
     x, y                (N, C, H, W), x = conv(input; theta), n = N * H * W
     theta               (C, C_in / groups, kH, kW), the convolution's weight
     mu, nu, var         (C,); mu = mean(x), nu = mean(x^2)
-    dmu                 (groups, C_in / groups, kH, kW); all outputs of a group have the same
-    dnu                 theta's
+    dmu                 (groups, C_in / groups, kH, kW); it is the same for all outputs of a group
+    dnu                 the shape of theta
 """
 
 from collections import deque
@@ -23,7 +23,7 @@ from refbn_d2.layers.peers.linking import LinkError, preceding_convolutions
 
 
 class PastMoments(NamedTuple):
-    """mu(theta) = mu_0 + dmu theta,   nu(theta) = nu_0 + dnu theta, of one past batch."""
+    """mu(theta) = mu_0 + dmu theta,   nu(theta) = nu_0 + dnu theta,   for one past batch"""
 
     mu_0: Tensor
     dmu: Tensor
@@ -31,7 +31,7 @@ class PastMoments(NamedTuple):
     dnu: Tensor
 
     def at(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (mu, nu) at the weight theta, with nu >= mu^2 (the paper's eq. of nu-bar)."""
+        """Return (mu, nu) at the weight theta, with nu >= mu^2 (the paper's equation of nu-bar)."""
         mu = self.mu_0 + _slope(self.dmu, weight)
         nu = self.nu_0 + _slope(self.dnu, weight)
         return mu, torch.maximum(nu, mu.square())
@@ -44,29 +44,31 @@ class CrossIterationBatchNorm2d(PeerBatchNorm2d):
         mu_s(theta) = mu_s(theta_s) + dmu_s/dtheta (theta - theta_s)
         nu_s(theta) = nu_s(theta_s) + dnu_s/dtheta (theta - theta_s)
 
-    s runs over this step and the k - 1 before it. theta is the present weight of the convolution
-    before the norm, theta_s that of step s. Derivatives by the weights of earlier layers are left
-    out, as the paper finds them negligible. The gradient goes through the present batch's moments,
-    by 1/k; the past ones are constants. So this is `ref_batch_norm` with the past batches as the
-    reference, w = (k-1)/k and the "pooled" gradient; and with k = 1 it is BatchNorm2d.
+    s runs over this step and the k - 1 before it. theta is the current weight of the convolution
+    before the norm, theta_s its weight at step s. Derivatives by the weights of earlier layers are
+    left out; the paper finds them negligible.
 
-    During burn-in k is 1, and after it no more than there are past batches. Running statistics are
-    BatchNorm's: those of each batch alone, as in the authors' code.
+    The gradient flows through the moments of the current batch, with weight 1/k. Past moments are
+    constants. So this is `ref_batch_norm` with the past batches as the reference, w = (k-1)/k and
+    the "pooled" gradient. With k = 1 it is BatchNorm2d.
 
-    Call `link_cbn(model)` when the model is built: it hands the layer the convolution. The past
+    k is 1 during burn-in. After it, k is at most the number of past batches plus 1. Running
+    statistics average the moments of single batches, as in BatchNorm and in the authors' code.
+
+    Call `link_cbn(model)` once the model is built, so that the layer knows the convolution. Past
     batches are not in the state dict: a resumed run fills the window again.
 
     Args:
-        num_features, eps, momentum, affine: as BatchNorm2d's.
-        window: k. 4 is the authors' for COCO, with 4 images a GPU.
-        burn_in: training-mode calls of this layer with k = 1. 8 is the authors' for COCO, from a
-            pretrained backbone; from scratch take an epoch or more.
+        num_features, eps, momentum, affine: those of BatchNorm2d.
+        window: k. The authors use 4 for COCO, with 4 images per GPU.
+        burn_in: training-mode calls of this layer with k = 1. The authors use 8 for COCO, with a
+            pretrained backbone. From scratch take an epoch or more.
 
     Raises:
-        ValueError: `window` < 1 or `burn_in` < 0; or, in a forward pass of burn-in, a single
-            element a channel.
-        LinkError: in a forward pass: the layer was not linked; or it is called twice in a forward
-            pass of the model; or its input is not the linked convolution's output.
+        ValueError: `window` < 1 or `burn_in` < 0; or a forward pass during burn-in has one element
+            per channel.
+        LinkError: in a forward pass: the layer is not linked; or it is called twice in one forward
+            pass of the model; or its input is not the output of the linked convolution.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class CrossIterationBatchNorm2d(PeerBatchNorm2d):
         self._seen: tuple[nn.Conv2d, Tensor] | None = None  # the convolution and its input
         self._checked = False
         self._steps: int | None = 0  # `steps`, read from the device once
-        self._calls: int | None = None  # in the present forward pass of the model
+        self._calls: int | None = None  # in the current forward pass of the model
 
     def extra_repr(self) -> str:
         return (
@@ -116,7 +118,7 @@ class CrossIterationBatchNorm2d(PeerBatchNorm2d):
                 mu, nu = (torch.stack(t).mean(0) for t in zip(*past, strict=True))
                 reference = mu, (nu - mu.square()).clamp_(min=0)
             else:
-                reference = mean, var  # of weight zero
+                reference = mean, var  # not used: w is 0
             if self.window > 1 and self._steps > self.burn_in - (self.window - 1):
                 self.past.append(self._moments_and_slopes(x, mean, var))
             self._seen = None
@@ -128,7 +130,7 @@ class CrossIterationBatchNorm2d(PeerBatchNorm2d):
         if self.window > 1 and self.slot is None:
             raise LinkError(
                 "a CrossIterationBatchNorm2d was not linked to the convolution before it: call "
-                "refbn_d2.layers.peers.link_cbn(model) when the model is built."
+                "refbn_d2.layers.peers.link_cbn(model) once the model is built."
             )
         if self.window > 1 and self._seen is None:
             raise LinkError(
@@ -167,7 +169,7 @@ class CrossIterationBatchNorm2d(PeerBatchNorm2d):
                     conv.groups,
                 ) / n  # fmt: skip
 
-            # dmu is the mean input patch: a single output a group gives it.
+            # dmu is the mean input patch: one output per group is enough to get it.
             one_each = weight[:: weight.shape[0] // conv.groups]
             dmu = weight_gradient(one_each, torch.ones_like(x[:, : conv.groups]))
             dnu = 2 * weight_gradient(weight, x)
@@ -177,7 +179,7 @@ class CrossIterationBatchNorm2d(PeerBatchNorm2d):
         return PastMoments(mu_0, dmu, nu_0, dnu)
 
     def _check_input(self, conv: nn.Conv2d, mu_0: Tensor, var: Tensor) -> None:
-        """The mean is linear in the weight, so that mu_0 is the bias, but for rounding."""
+        """Check that mu_0 is the bias, except for rounding: the mean is linear in the weight."""
         bias = 0 if conv.bias is None else conv.bias.to(mu_0)
         if ((mu_0 - bias).abs() / (var + self.eps).sqrt()).mean() > 0.1:
             raise LinkError(
@@ -195,12 +197,12 @@ class CrossIterationBatchNorm2d(PeerBatchNorm2d):
 def link_cbn(model: nn.Module) -> None:
     """Give every CrossIterationBatchNorm2d in `model` the weight of the convolution before it.
 
-    Call it once, when the model is built. No module, parameter or state-dict key is added.
-    `preceding_convolutions` says which convolution that is. A model without such norms is left
-    as it is. Copies and pickles of the model stay linked.
+    Call this once, after the model is built. `preceding_convolutions` finds the convolutions. No
+    module, parameter or state-dict key is added. Copies and pickles of the model stay linked. A
+    model without such norms is not changed.
 
     Raises:
-        LinkError: at some norms that cannot be done; they are named.
+        LinkError: some norms cannot be linked; they are named.
     """
     pairs = preceding_convolutions(model, CrossIterationBatchNorm2d)
     for name, (norm, conv) in pairs.items():
@@ -217,7 +219,7 @@ def _begin_pass(model: nn.Module, inputs: tuple) -> None:
 
 
 def _end_pass(model: nn.Module, inputs: tuple, outputs: object) -> None:
-    _set_calls(model, None)  # parts of the model may be called on their own
+    _set_calls(model, None)  # calls of parts of the model are not counted
 
 
 def _set_calls(model: nn.Module, calls: int | None) -> None:

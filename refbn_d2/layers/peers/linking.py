@@ -8,7 +8,7 @@ from refbn_d2.utils.errors import RefBNError
 
 
 class LinkError(RefBNError):
-    """A norm needs the convolution before it, and this model has none that can be linked."""
+    """Error: a norm needs the convolution before it, and the model has none that can be linked."""
 
 
 def preceding_convolutions(
@@ -16,14 +16,18 @@ def preceding_convolutions(
 ) -> dict[str, tuple[nn.Module, nn.Conv2d]]:
     """Return {name: (norm, the convolution before it)} of every `norm_type` in `model`.
 
-    The convolution is the one that has the norm as its child `norm` (Detectron2); or the sibling
-    `convN` of `bnN`, registered before it (torchvision, timm); or the sibling registered just
-    before the norm (`downsample.0` and `.1`, any nn.Sequential), or that sibling's last child.
+    The convolution is one of these, in this order:
+
+    - the parent of the norm, if the norm is its child `norm` (Detectron2);
+    - the sibling `convN` of `bnN`, registered before it (torchvision, timm);
+    - the sibling registered just before the norm (`downsample.0` and `.1`, any nn.Sequential).
+
+    If the sibling is an nn.Sequential, its last child is taken.
 
     Raises:
-        LinkError: a norm has no such convolution, or the convolution's output is not this norm's
-            input only (shared layers, shared weights), or is of another width. All of them are
-            named.
+        LinkError: a norm has no such convolution; or the convolution or its weight is shared; or
+            its channels are not the norm's; or it does not pad with a number of zeros. All such
+            norms are named.
     """
     uses = Counter(m for _, m in model.named_modules(remove_duplicate=False))
     owners = Counter(p for m in model.modules() for p in m._parameters.values())
@@ -34,7 +38,7 @@ def preceding_convolutions(
             continue
         conv = _before(model, name)
         if uses[norm] > 1:
-            reason = "the norm serves in several places"
+            reason = "the norm is used in several places"
         elif conv is None:
             reason = "no Conv2d comes right before it"
         elif uses[conv] > 1 or owners[conv._parameters.get("weight")] != 1:
@@ -47,14 +51,14 @@ def preceding_convolutions(
                 f"the norm {norm.num_features}"
             )
         elif conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-            reason = "the convolution before it pads other than by a number of zeros"
+            reason = "the convolution before it does not pad with a fixed number of zeros"
         else:
             found[name] = norm, conv
             continue
         refused.append(f"{name or type(norm).__name__} ({reason})")
     if refused:
         raise LinkError(
-            f"{norm_type.__name__} needs the weight of the convolution before it, and cannot have "
+            f"{norm_type.__name__} needs the weight of the convolution before it, and cannot get "
             f"it at {', '.join(refused)}. Use another norm there (BN, GN, RefBN), or a model with "
             "one convolution before each norm."
         )
@@ -76,7 +80,7 @@ def _before(model: nn.Module, name: str) -> nn.Conv2d | None:
 
 
 def _last_conv(module: nn.Module | None) -> nn.Conv2d | None:
-    """Return the convolution whose output is `module`'s: itself, or the end of a Sequential."""
+    """Return the convolution that gives the output of `module`: itself, or a Sequential's last."""
     while isinstance(module, nn.Sequential) and len(module):
         module = module[-1]
     plain = isinstance(module, nn.Conv2d) and module._modules.get("norm") is None

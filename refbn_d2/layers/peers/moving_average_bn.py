@@ -1,8 +1,8 @@
-"""MovingAverageBatchNorm2d: normalization by moving averages, in the forward and backward pass.
+"""Provide MovingAverageBatchNorm2d: moving averages in the forward and the backward pass.
 
 Yan, Wan, Zhang, Zhang, Wei, Sun, "Towards Stabilizing Batch Statistics in Backward Propagation of
 Batch Normalization", ICLR 2020 (arXiv 2001.06838), section 4. Where the paper and the authors' code
-differ (clip, warm-up), this follows the code.
+differ (clip, warm-up), this module follows the code.
 
 Shapes:
     x, y, dy, dx                      (N, C, H, W)
@@ -29,7 +29,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gamma, beta, chi2, r, gradient_moments, slot, averages, eps):
-        # gradient_moments is written in the backward pass, so that it is not a saved tensor
+        # not a saved tensor: the backward pass writes to gradient_moments
         ctx.save_for_backward(x, gamma, chi2, r, slot, averages)
         ctx.gradient_moments, ctx.eps = gradient_moments, eps
         return F.batch_norm(x, torch.zeros_like(chi2), chi2, gamma * r, beta, eps=eps)
@@ -64,28 +64,29 @@ class MovingAverageBatchNorm2d(PeerBatchNorm2d):
         psi  = the mean of mean(g z) over the last `window` batches,   g = gamma r dy
         r    = clip(sqrt((chi2 + eps) / (running_var + eps)), 1/r_max, r_max), a constant
 
-    and in eval mode y = gamma x / sqrt(running_var + eps) + beta. running_var is the exponential
-    moving average of chi2, before this batch enters it where r is computed; running_mean stays 0.
-    No mean is subtracted. Instead the convolution before the norm centralizes its weight: call
-    `link_mabn(model)` when the model is built. A layer called several times in a forward pass
-    counts each call as a batch.
+    In eval mode y = gamma x / sqrt(running_var + eps) + beta. running_var is the exponential moving
+    average of chi2; r is computed before this batch is averaged into it. running_mean stays 0.
 
-    State: `PeerBatchNorm2d`'s and both windows. A BatchNorm2d that loads it (`strict=False`) is the
-    same map in eval mode. A BatchNorm2d's state dict loads, but MABN cannot continue where
-    BatchNorm stood: the means are dropped, with a warning, and the schedule starts at step 0.
+    No mean is subtracted. Instead the weight of the convolution before the norm is centralized:
+    call `link_mabn(model)` once the model is built. If a layer is called several times in a forward
+    pass, each call counts as a batch.
+
+    State: that of `PeerBatchNorm2d`, and both windows. A BatchNorm2d that loads it (`strict=False`)
+    is the same map in eval mode. A BatchNorm2d's state dict loads, but MABN cannot resume from it:
+    the means are dropped, with a warning, and the schedule starts at step 0.
 
     Args:
-        num_features, eps, affine: as BatchNorm2d's.
-        momentum: of running_var. 0.02 is the paper's.
-        window: batches averaged over; the paper's 32 images are 16 batches of 2.
-        warmup_steps: training-mode calls of this layer normalized by their own chi2 and psi; not
-            less than `window` are.
-        renorm_steps: calls with r = 1; not less than `warmup_steps` are.
+        num_features, eps, affine: those of BatchNorm2d.
+        momentum: of running_var. The paper has 0.02.
+        window: number of batches in an average. The paper's 32 images are 16 batches of 2.
+        warmup_steps: training-mode calls of this layer that use their own chi2 and psi; at least
+            `window` calls do.
+        renorm_steps: training-mode calls with r = 1; at least `warmup_steps` calls have it.
         r_max: the clip of r.
 
     Raises:
         ValueError: `window` < 1, a number of steps < 0, or r_max < 1.
-        LinkError: in a forward pass in training mode: the layer was not linked.
+        LinkError: in a forward pass in training mode, the layer is not linked.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class MovingAverageBatchNorm2d(PeerBatchNorm2d):
         if self.slot is None:
             raise LinkError(
                 "a MovingAverageBatchNorm2d was not linked to the convolution before it: call "
-                "refbn_d2.layers.peers.link_mabn(model) when the model is built."
+                "refbn_d2.layers.peers.link_mabn(model) once the model is built."
             )
         with torch.no_grad():
             mean, var = batch_moments(x)
@@ -157,8 +158,8 @@ class MovingAverageBatchNorm2d(PeerBatchNorm2d):
             mean = state_dict.get(prefix + "running_mean")
             if mean is not None and mean.any():
                 logger.warning(
-                    "%s: the running means of a BatchNorm are dropped, for MABN subtracts none. "
-                    "Train before you evaluate.",
+                    "%s: the running means of a BatchNorm are dropped, since MABN subtracts no "
+                    "mean. Train before you evaluate.",
                     prefix.rstrip("."),
                 )
                 state_dict[prefix + "running_mean"] = torch.zeros_like(mean)
@@ -166,25 +167,28 @@ class MovingAverageBatchNorm2d(PeerBatchNorm2d):
 
 
 def link_mabn(model: nn.Module) -> None:
-    """Centralize the weight of the convolution before every MovingAverageBatchNorm2d in `model`
+    """Centralize the weight of the convolution before every MovingAverageBatchNorm2d in `model`.
 
         W <- W - mean(W) over (C_in / groups, kH, kW)
 
-    in each of its forward passes, gradient included. It is done in place now and whenever the
-    model's state dict is asked for: the checkpoint needs no convolution of a special kind.
+    Each forward pass of the convolution does so, and the gradient goes through it. The parameter
+    itself is centralized in place now, and whenever the model's state dict is read. So an ordinary
+    convolution can load the checkpoint.
 
-    Call it once, when the model is built. No module, parameter or state-dict key is added. A model
-    without such norms is left as it is. Copies and pickles of the model stay linked.
+    Call this once, after the model is built. No module, parameter or state-dict key is added.
+    Copies and pickles of the model stay linked. A model without such norms is not changed.
 
     Raises:
-        LinkError: at some norms that cannot be done; they are named.
+        LinkError: some norms cannot be linked, or their convolution has a single weight per output;
+            they are named.
     """
     pairs = preceding_convolutions(model, MovingAverageBatchNorm2d)
     single = [name for name, (_, conv) in pairs.items() if conv.weight[0].numel() == 1]
     if single:
         raise LinkError(
             f"MovingAverageBatchNorm2d at {', '.join(single)}: the convolution before it has a "
-            "single weight an output, which centralized is 0. Use another norm there (BN, GN)."
+            "single weight per output, which is 0 once centralized. Use another norm there "
+            "(BN, GN)."
         )
     for name, (norm, conv) in pairs.items():
         if norm.slot is None:
@@ -200,7 +204,7 @@ def _centralized(weight: Tensor) -> Tensor:
 
 
 def _shadow_weight(conv: nn.Module, inputs: tuple) -> None:
-    # An instance attribute goes before the registered parameter, which stays where it is.
+    # An instance attribute takes precedence over the registered parameter, which is not changed.
     conv.__dict__["weight"] = _centralized(conv._parameters["weight"])
 
 
@@ -210,8 +214,8 @@ def _unshadow_weight(conv: nn.Module, inputs: tuple, output: object) -> None:
 
 @torch.no_grad()
 def _centralize_in_place(conv: nn.Module, prefix: str = "", keep_vars: bool = False) -> None:
-    # Outputs and steps of SGD stay as they were, but for rounding: gradients are centralized.
-    # A mean that is rounding alone stays, so that asking for the state changes nothing twice.
+    # Outputs and SGD steps stay the same, except for rounding, since gradients are centralized.
+    # A mean as small as rounding stays, so that reading the state twice changes nothing more.
     weight = conv._parameters["weight"]
     mean = weight.mean((1, 2, 3), keepdim=True)
     rounding = 8 * torch.finfo(weight.dtype).eps * weight.abs().mean((1, 2, 3), keepdim=True)

@@ -1,4 +1,4 @@
-"""The peers by the name that a config gives them."""
+"""List the peers by their names in a config, and prepare them for a run."""
 
 from torch import nn
 
@@ -17,16 +17,17 @@ PEERS: dict[str, type[PeerBatchNorm2d]] = {
 def peer_options(name: str, total_steps: int) -> dict[str, float]:
     """Return the schedule of the peer `name` for a run of `total_steps` steps, as its arguments.
 
-    The papers' schedules, scaled down for shorter runs:
-        BRN    The clips open over a quarter of the run (40,000 steps of about 160,000 in the
-               paper). The running statistics average over a fortieth of that ramp, but over no
-               less than 10 and no more than 100 steps; 100 is the paper's.
-        CBN    The authors' burn-in of 8 steps: nothing to scale.
-        MABN   The authors' 100 steps of warm-up and 1,000 with r = 1, but no more than a quarter
-               of the run each. Averages over the first steps, where weights move fast, diverge.
+    The papers' schedules are scaled down for shorter runs:
+
+        BRN    The clips grow over a quarter of the run (40,000 of about 160,000 steps in the
+               paper). The running statistics average over a fortieth of that ramp, but at least
+               over 10 steps and at most over 100, which is the paper's number.
+        CBN    Nothing to scale: the authors' burn-in has 8 steps.
+        MABN   The authors' 100 steps of warm-up and 1,000 with r = 1, but each at most a quarter
+               of the run. Averages over the first steps diverge, since weights change fast there.
 
     Raises:
-        ValueError: `name` is no peer.
+        ValueError: `name` is not a peer.
     """
     if name not in PEERS:
         raise ValueError(f"unknown peer norm {name!r}; known: {', '.join(PEERS)}")
@@ -42,11 +43,11 @@ def peer_options(name: str, total_steps: int) -> dict[str, float]:
 def prepare_peers(model: nn.Module, total_steps: int) -> None:
     """Prepare the peer norms of a built model for a run of `total_steps` steps.
 
-    They get the schedules of `peer_options`, and the convolutions that they need (`link_cbn`,
-    `link_mabn`). Nothing happens in a model that has no peer norm.
+    Set the schedules of `peer_options`, and link the convolutions that the norms need (`link_cbn`,
+    `link_mabn`). A model without peer norms is not changed.
 
     Raises:
-        LinkError: a norm has no convolution before it that it can be given; it is named.
+        LinkError: some norms cannot be linked to a convolution; they are named.
     """
     for layer in model.modules():
         for name, peer in PEERS.items():

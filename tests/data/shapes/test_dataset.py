@@ -146,7 +146,7 @@ def test_damaged_or_old_folder_is_made_anew(tmp_path, small, caplog, damage):
     assert shapes.make_detection(tmp_path, **SMALL) == folder
     assert files(folder) == files(small)
     assert os.listdir(tmp_path) == ["shapes"]
-    assert "made anew" in caplog.text
+    assert "making it again" in caplog.text
 
 
 def test_other_sets_are_not_replaced(small, tmp_path):

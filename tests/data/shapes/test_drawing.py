@@ -15,9 +15,9 @@ from tests.data.shapes.helpers import SIZE
 
 
 def test_fingerprint():
-    """Pixels and annotations are those of the machine that committed these hashes.
+    """Compare pixels and annotations with these hashes, made on another machine.
 
-    A change of the generator changes them: raise shapes.VERSION with it.
+    If you change the generator, they change: raise shapes.VERSION too.
     """
     digest = {"detection": hashlib.sha256(), "classification": hashlib.sha256()}
     for i in range(2 * len(DOMAINS)):
@@ -34,7 +34,7 @@ def test_fingerprint():
 
 
 def test_tables_are_far_from_rounding_ties():
-    """No libm's last digit can change a rounded sine or vertex."""
+    """The last digit of a libm cannot change a rounded sine or vertex."""
     sines = np.sin(np.deg2rad(np.arange(360))) * 2**14
     sines = sines[np.abs(sines - np.rint(sines)) > 1e-6]  # 0, 1/2 and 1 are whole
     points = [10 * np.array(c).ravel() for contours in shapes.OUTLINES.values() for c in contours]
@@ -70,7 +70,7 @@ def test_areas_of_drawn_shapes(diameter, degrees):
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.9])
 def test_polygons_give_any_mask_back(density):
-    """Holes, diagonal contacts, parts within holes, pixels at the border: COCO's union is exact."""
+    """COCO's union is exact: holes, diagonal contacts, parts inside holes, pixels at the border."""
     rng = np.random.default_rng(0)
     for _ in range(20):
         mask = rng.random((17, 23)) < density
@@ -82,7 +82,7 @@ def test_polygons_give_any_mask_back(density):
             x, y = np.array(flat).reshape(-1, 2).T
             area += abs((x * np.roll(y, -1) - y * np.roll(x, -1)).sum()) / 2
             assert len(flat) >= 8
-        assert area == mask.sum()  # a hole runs against its outer contour
+        assert area == mask.sum()  # a hole has the opposite direction of its outer contour
         assert len(flats) == cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)[0] - 1
 
 
@@ -95,7 +95,7 @@ def test_polygons_of_parts_and_holes():
     (flat,) = (flat for flat in shapes.polygons(mask) if [5, 10] == flat[:2])
     points = list(zip(flat[0::2], flat[1::2], strict=True))
     assert points[:5] == [(5, 10), (5, 19), (9, 19), (9, 10), (5, 10)]  # and back to the first
-    assert points[5] == points[9]  # round the hole
+    assert points[5] == points[9]  # around the hole
     assert set(points[5:]) == {(6, 12), (6, 13), (7, 12), (7, 13)} and len(points) == 10
 
 
@@ -115,7 +115,7 @@ def test_every_class_size_and_number(scenes):
 
 
 def hidden_share(scenes):
-    """The share of convex shapes that occlusion leaves concave."""
+    """Return the share of convex shapes that are concave after occlusion."""
     convex = [CLASSES.index(name) for name in ("circle", "triangle", "square", "pentagon")]
     solidity = []
     for scene in scenes:
@@ -138,7 +138,7 @@ def test_occlusion(scenes, monkeypatch):
 
 
 def statistics(images):
-    """Per image: mean (3,), deviation, and root of the mean squared horizontal difference."""
+    """Return mean (3,), deviation and root mean square of horizontal differences of each image."""
     images = images.astype(float)
     edges = (np.diff(images, axis=2) ** 2).mean(axis=(1, 2, 3)) ** 0.5
     return images.mean(axis=(1, 2)), images.std(axis=(1, 2)).mean(axis=1), edges
@@ -164,7 +164,7 @@ def test_domains_shift_statistics():
     assert (shift["blur"][2] < 0.6 * edges).all()
     assert (shift["noise"][2] > 2.5 * edges).all()
     assert (shift["contrast"][1] < 0.4 * deviation).all()
-    # Every pair of domains lies apart by an image's own statistics, as a batch of one sees them.
+    # The statistics of single images tell every pair of domains apart, as in batches of one.
     vectors = {d: np.column_stack([s[0], s[1], np.log(s[2])]) for d, s in shift.items()}
     scale = np.concatenate(list(vectors.values())).std(axis=0)
     for i, a in enumerate(DOMAINS):
@@ -175,7 +175,7 @@ def test_domains_shift_statistics():
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_objects_stand_out_in_every_domain(domain):
-    """What a person needs: the object differs from what surrounds it by more than a few levels."""
+    """A person can see the object: it differs from its surroundings by more than a few levels."""
     kernel = np.ones((3, 3), np.uint8)
     gaps = []
     for i in range(60):
@@ -188,35 +188,35 @@ def test_objects_stand_out_in_every_domain(domain):
     assert np.quantile(gaps, 0.05) > 5
 
 
-def colour_p_value(colours, labels):
-    """By permutation: how often shuffled labels tell colours (n, 3) apart as well as these do."""
+def color_p_value(colors, labels):
+    """Return how often shuffled labels separate colors (n, 3) as well as these labels do."""
 
     def between(order):
         counts = np.bincount(order)[:, None]
-        sums = np.stack([np.bincount(order, c) for c in colours.T], axis=1)
-        return (counts * (sums / counts - colours.mean(axis=0)) ** 2).sum()
+        sums = np.stack([np.bincount(order, c) for c in colors.T], axis=1)
+        return (counts * (sums / counts - colors.mean(axis=0)) ** 2).sum()
 
     rng = np.random.default_rng(0)
     found = between(labels)
     return np.mean([between(rng.permutation(labels)) >= found for _ in range(400)])
 
 
-def test_colour_tells_nothing_of_the_class():
-    colours, textures, labels = [], [], []
+def test_color_does_not_depend_on_the_class():
+    colors, textures, labels = [], [], []
     kernel = np.ones((3, 3), np.uint8)
     for i in range(720):
         scene = shapes.draw_classification(1, "train", i, (64, 64), domain="plain")
         inside = cv2.erode(scene.masks[0].astype(np.uint8), kernel, iterations=2).astype(bool)
-        if inside.any():  # within the outline, which covers more of a thin shape
-            colours.append(scene.image[inside].mean(axis=0))
+        if inside.any():  # inside the outline, which covers more of a thin shape
+            colors.append(scene.image[inside].mean(axis=0))
             textures.append(scene.image[~scene.masks[0]].mean(axis=0))
             labels.append(scene.labels[0])
-    colours, backgrounds, labels = np.array(colours), np.array(textures), np.array(labels)
+    colors, backgrounds, labels = np.array(colors), np.array(textures), np.array(labels)
     assert np.bincount(labels).min() > 50
-    assert colour_p_value(colours, labels) > 0.02
-    assert colour_p_value(backgrounds, labels) > 0.02
+    assert color_p_value(colors, labels) > 0.02
+    assert color_p_value(backgrounds, labels) > 0.02
     leak = np.random.default_rng(0).normal(0, 25, (len(CLASSES), 3))[labels]
-    assert colour_p_value(colours + leak, labels) < 0.01  # the test would have found it
+    assert color_p_value(colors + leak, labels) < 0.01  # the test detects a leak
 
 
 def test_classification_object_is_large_and_near_the_middle():

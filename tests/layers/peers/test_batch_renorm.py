@@ -43,7 +43,7 @@ def test_where_nothing_is_clipped_it_normalizes_by_the_running_statistics():
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_outputs_gradients_and_statistics_are_those_of_algorithm_1(affine):
-    """Some channels clipped and some not, over several steps of training."""
+    """Over several training steps, some channels are clipped and some are not."""
     eps, momentum, r_max, d_max = 1e-3, 0.3, 1.5, 0.4
     layer = BatchRenorm2d(C, eps, momentum, affine, r_max, d_max, ramp_steps=0).double()
     gamma, beta = torch.randn(2, C, dtype=torch.float64)
@@ -93,7 +93,7 @@ def test_clips_open_in_the_papers_proportions():
         (0, 1, 0), (5_000, 1, 0), (15_000, 1 + 4 / 7, 2.5), (25_000, 1 + 8 / 7, 5),
         (40_000, 3, 5), (90_000, 3, 5),
     ]:  # fmt: skip
-        layer.steps.fill_(step + 1)  # while the call of that step runs
+        layer.steps.fill_(step + 1)  # the value during the call of that step
         got = [float(clip) for clip in layer.clips()]
         assert got == pytest.approx([r_max, d_max], abs=1e-4), step
 

@@ -52,7 +52,7 @@ def test_with_still_weights_it_is_batch_norm_over_the_last_k_batches():
 
 
 class Oracle:
-    """Section 3 of the paper, letter by letter, with full Jacobians by theta."""
+    """Section 3 of the paper as written, with full Jacobians by theta."""
 
     def __init__(self, k, eps, **conv):
         self.k, self.eps, self.conv = k, eps, conv
@@ -166,7 +166,7 @@ def test_resnets_are_linked_and_stay_clean():
     for model in models:
         keys, parameters = list(model.state_dict()), list(model.parameters())
         link_cbn(model)
-        link_cbn(model)  # once more does nothing
+        link_cbn(model)  # a second call changes nothing
         assert list(model.state_dict()) == keys
         assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
         assert all(len(m._forward_pre_hooks) < 2 for m in model.modules())
@@ -174,7 +174,7 @@ def test_resnets_are_linked_and_stay_clean():
         assert len(norms) >= 20 and all(m.slot == n for n, m in norms.items())
         for seed in range(10):
             model(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed)))
-        for norm in norms.values():  # each saw its convolution, and none keeps its input
+        for norm in norms.values():  # each is linked, and none keeps its input
             assert len(norm.past) == 3 and norm._checked and norm._seen is None
 
 
@@ -238,7 +238,7 @@ def test_numbers_pair_norms_and_convolutions_that_are_registered_apart():
         (
             lambda: nn.Sequential(nn.Conv2d(C, C, 3, padding="same"), CrossIterationBatchNorm2d(C)),
             "1",
-            "pads",
+            "does not pad",
         ),
         (shared_conv, "1", "shared"),
         (two_norms, "bn1", "another norm"),
@@ -271,7 +271,7 @@ def test_a_layer_called_twice_in_a_forward_pass_is_refused_by_name():
     link_cbn(head)
     head([x])
     head([x])
-    head.tower(x), head.tower(x)  # parts of the model on their own are not counted
+    head.tower(x), head.tower(x)  # calls of parts of the model are not counted
     with pytest.raises(LinkError, match="tower.1: this norm is called several times"):
         head([x, x])
     head([x])

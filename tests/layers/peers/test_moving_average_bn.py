@@ -56,7 +56,7 @@ def test_a_window_of_1_has_the_exact_gradient_of_its_forward_pass():
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_outputs_gradients_and_statistics_over_many_steps(affine):
-    """The formulas of section 4 over lists; warm-up, then averages, then r, which is clipped."""
+    """Compare with the formulas of section 4 over lists: warm-up, then averages, then clipped r."""
     eps, momentum, window, warmup, renorm, r_max = 1e-3, 0.1, 3, 5, 7, 1.3
     layer = linked(
         MovingAverageBatchNorm2d(C, eps, momentum, affine, window, warmup, renorm, r_max)
@@ -118,7 +118,7 @@ def test_the_convolution_before_it_is_centralized_gradient_included():
 
 
 def test_training_is_that_of_an_explicit_parametrization_and_saving_does_not_disturb_it():
-    """SGD with momentum and weight decay on V, W = V - mean(V); the state dict asked each step."""
+    """Train V, W = V - mean(V), by SGD with momentum and decay; read the state dict each step."""
 
     class Explicit(nn.Module):
         def __init__(self, net):
@@ -150,7 +150,7 @@ def test_its_checkpoint_is_a_batch_norm_model_in_eval_mode():
         net(batch(step)).pow(3).mean().backward()
         optimizer.step()
     state = net.state_dict()
-    assert state["0.weight"].data_ptr() == net[0].weight.data_ptr()  # EMA models write through it
+    assert state["0.weight"].data_ptr() == net[0].weight.data_ptr()  # an EMA model writes to it
     plain = nn.Sequential(nn.Conv2d(C_IN, C, 3, bias=False), nn.BatchNorm2d(C)).double()
     assert plain.load_state_dict(state, strict=False).missing_keys == []
     torch.testing.assert_close(plain.eval()(batch(9)), net.eval()(batch(9)))
@@ -193,7 +193,7 @@ def test_linking_leaves_the_model_clean_and_refuses_by_name():
     assert all(p.grad is not None for p in parameters)
     with pytest.raises(LinkError, match=r"MovingAverageBatchNorm2d needs .* at 1 \(no Conv2d"):
         link_mabn(nn.Sequential(nn.ReLU(), MovingAverageBatchNorm2d(C)))
-    with pytest.raises(LinkError, match="at 1: .* single weight an output"):
+    with pytest.raises(LinkError, match="at 1: .* single weight per output"):
         link_mabn(nn.Sequential(nn.Conv2d(C, C, 1, groups=C), MovingAverageBatchNorm2d(C)))
 
 

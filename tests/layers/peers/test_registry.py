@@ -1,4 +1,4 @@
-"""What every peer promises; oracle: nn.BatchNorm2d."""
+"""Tests that every peer passes. Oracle: nn.BatchNorm2d."""
 
 import copy
 import pickle
@@ -19,7 +19,7 @@ def batch(seed, n=4):
 
 @pytest.fixture(params=PEERS)
 def net(request):
-    """conv, peer: past burn-in and warm-up, with every mechanism at work after 8 steps."""
+    """Return a convolution and a peer: after 8 steps burn-in and warm-up are over."""
     torch.manual_seed(0)
     short = {
         "BRN": {"ramp_steps": 4},
@@ -67,7 +67,7 @@ def test_state_dict_round_trip_continues_the_run(net):
     other.load_state_dict(net.state_dict())
     for key, value in net.state_dict().items():
         assert torch.equal(other.state_dict()[key], value)
-    if not hasattr(net[1], "past"):  # CBN's window is filled anew
+    if not hasattr(net[1], "past"):  # CBN fills its window again
         torch.testing.assert_close(other(batch(9)), net(batch(9)))
 
 
@@ -151,7 +151,7 @@ def test_cumulative_average(net):
 
 @pytest.mark.parametrize("name", PEERS)
 def test_it_learns_a_small_task_in_a_short_run(name):
-    """Which quadrant is brighter; 400 steps of 4 pictures, where chance is an accuracy of 0.25."""
+    """Learn which quadrant is brighter, in 400 steps of 4 pictures; chance is 0.25."""
     generator = torch.Generator().manual_seed(1)
 
     def pictures(n):

@@ -1,4 +1,4 @@
-"""From a dataset dict to a sample: read, augment, annotate."""
+"""Turn a dataset dict into a sample: read, augment, annotate."""
 
 import numpy as np
 import torch
@@ -15,10 +15,10 @@ from refbn_d2.utils.errors import DataError
 
 
 class Mapper:
-    """Reads, augments and annotates the image of one dataset dict, as Detectron2's mapper.
+    """Read, augment and annotate the image of one dataset dict, as Detectron2's mapper does.
 
-    Crowds are dropped in training. Masks come as INPUT.MASK_FORMAT asks, except that masks
-    stored as run lengths stay bitmasks beside polygons.
+    Crowds are dropped in training. Masks have the format of INPUT.MASK_FORMAT, except that run
+    lengths always become bitmasks.
     """
 
     def __init__(self, cfg, is_train: bool):
@@ -26,18 +26,19 @@ class Mapper:
         self.format = cfg.INPUT.FORMAT
         self.mask_format = cfg.INPUT.MASK_FORMAT
         self.with_masks = cfg.MODEL.MASK_ON
-        # a crop may cut an object so that its box is no longer tight; only a mask can tell
+        # a crop may cut an object so that its box is no longer tight: its mask gives the new box
         self.boxes_from_masks = cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON
         check_choice("INPUT.FORMAT", self.format, ("BGR", "RGB"))
         check_choice("INPUT.MASK_FORMAT", self.mask_format, ("polygon", "bitmask"))
         self.augmentations = build_augmentations(cfg, is_train)
 
     def __call__(self, dataset_dict: dict, rng: np.random.Generator | None = None) -> dict:
-        """Returns the sample of `dataset_dict`, which stays as it is; `rng` is for training.
+        """Return the sample of `dataset_dict`, which is not changed; `rng` is for training.
 
         Raises:
-            FileNotFoundError, DataError: the image is missing, broken or of another size, or
-                a mask is; names the file.
+            FileNotFoundError: the image is missing; the message names the file.
+            DataError: the image is broken or of another size, or a mask is missing or broken; the
+                message names the file or the image.
         """
         picture = read_image(dataset_dict["file_name"], "RGB", dataset_dict["image_id"])
         _check_size(dataset_dict, picture)
@@ -54,7 +55,7 @@ class Mapper:
         return sample
 
     def draw(self, rng, h: int, w: int) -> list[Transform]:
-        """Returns the transforms that `rng` draws for an image of size (h, w)."""
+        """Return the transforms that `rng` draws for an image of size (h, w)."""
         transforms = []
         for augmentation in self.augmentations:
             transform = augmentation(rng, h, w)
@@ -81,13 +82,16 @@ class Mapper:
         return truth
 
     def _mask(self, dataset_dict: dict, ann: dict, transforms: list, shape: tuple[int, int]):
-        """Returns the transformed mask as polygons or bool (H, W); None when masks are off."""
+        """Return the transformed mask as polygons or bool (H, W); None if MODEL.MASK_ON is off."""
         if not self.with_masks:
             return None
         segmentation = ann.get("segmentation")
         what = f"annotation {ann['id']} of image {dataset_dict['image_id']}"
         if segmentation is None:
-            raise DataError(f"MODEL.MASK_ON = True, and {what} has no segmentation")
+            raise DataError(
+                f"MODEL.MASK_ON = True, and {what} has no segmentation: add it to the dataset, or "
+                "set MODEL.MASK_ON to False"
+            )
         if isinstance(segmentation, dict):
             try:
                 mask = decode_mask(
@@ -119,7 +123,7 @@ def _check_size(dataset_dict: dict, picture: np.ndarray) -> None:
         raise DataError(
             f"image {dataset_dict['file_name']} (image id {dataset_dict['image_id']}) is "
             f"{width} x {height} pixels (width x height), and its dataset says "
-            f"{dataset_dict['width']} x {dataset_dict['height']}"
+            f"{dataset_dict['width']} x {dataset_dict['height']}: correct the one that is wrong"
             + (" (was it annotated before its EXIF orientation was applied?)" if turned else "")
         )
 
@@ -127,7 +131,7 @@ def _check_size(dataset_dict: dict, picture: np.ndarray) -> None:
 def _transform_boxes(boxes: list, transforms: list, shape: tuple[int, int]) -> np.ndarray:
     """(x, y, w, h) boxes -> (N, 4) float32 (x0, y0, x1, y1), transformed and clipped to `shape`.
 
-    Corners are added in float32 and transformed in float64, as Detectron2 happens to.
+    As in Detectron2, corners are computed in float32 and transformed in float64.
     """
     corners = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
     corners[:, 2:] += corners[:, :2]
@@ -145,7 +149,7 @@ def _has_pixels(mask) -> bool:
 
 
 def _box_of_mask(mask) -> tuple[float, float, float, float]:
-    """Returns the tight box of polygons or a bool (H, W); all zero if the mask is empty."""
+    """Return the tight box of polygons or a bool (H, W); all zeros if the mask is empty."""
     if not _has_pixels(mask):
         return 0, 0, 0, 0
     if isinstance(mask, np.ndarray):

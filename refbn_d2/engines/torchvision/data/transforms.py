@@ -1,7 +1,7 @@
-"""Geometric augmentations with Detectron2's keys and numerics.
+"""Provide geometric augmentations with Detectron2's keys and numerics.
 
-An augmentation is called with (rng, h, w) and draws a transform for images of that size, or
-None. A transform acts on pictures (H, W, 3), masks (H, W), points (P, 2) and polygons (P, 2).
+An augmentation is called with (rng, h, w), and draws a transform for images of that size, or None.
+A transform acts on pictures (H, W, 3), masks (H, W), points (P, 2) and polygons (P, 2).
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from refbn_d2.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class Resize:
-    """Resizes (h, w) to (new_h, new_w): pictures by PIL's bilinear, masks by the nearest pixel."""
+    """Resize (h, w) to (new_h, new_w): pictures by PIL's bilinear, masks by the nearest pixel."""
 
     h: int
     w: int
@@ -40,7 +40,7 @@ class Resize:
 
 @dataclass(frozen=True)
 class Flip:
-    """Mirrors an image of size (h, w) along its width ("horizontal") or height ("vertical")."""
+    """Mirror an image of size (h, w) along its width ("horizontal") or height ("vertical")."""
 
     h: int
     w: int
@@ -62,7 +62,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class Crop:
-    """Keeps the window of size (h, w) whose upper left corner is (x0, y0)."""
+    """Keep the window of size (h, w) with its upper left corner at (x0, y0)."""
 
     x0: int
     y0: int
@@ -78,9 +78,9 @@ class Crop:
         return xy - (self.x0, self.y0)
 
     def polygon(self, xy: np.ndarray) -> np.ndarray:
-        """Cuts the polygon at the window (Sutherland and Hodgman 1974); (0, 2) if none is left.
+        """Clip the polygon to the window (Sutherland and Hodgman 1974); (0, 2) if nothing is left.
 
-        A polygon that falls apart stays one, its parts joined along the window's edge.
+        If the window splits a polygon, its parts stay one polygon, joined along the window's edge.
         """
         xy = self.points(xy)
         for axis, edge, inward in ((0, 0, 1), (0, self.w, -1), (1, 0, 1), (1, self.h, -1)):
@@ -91,7 +91,7 @@ class Crop:
             t = np.divide(depth, depth - depth_next, out=np.zeros_like(depth), where=crosses)
             crossing = xy + t[:, None] * (xy_next - xy)
             crossing[:, axis] = edge
-            # each point if it is inside, then the point where the side after it crosses
+            # each point if it is inside, then the crossing of the side that follows it
             xy = np.stack([xy, crossing], axis=1)[np.stack([inside, crosses], axis=1)]
             if len(xy) < 3 or np.ptp(xy, axis=0).min() == 0:
                 return np.zeros((0, 2))
@@ -103,7 +103,7 @@ Transform = Resize | Flip | Crop
 
 @dataclass(frozen=True)
 class ResizeShortestEdge:
-    """Scales the shorter edge to one of `sizes`, less if the longer one would pass `longest`."""
+    """Scale the shorter edge to one of `sizes`, or less, to keep the longer one at `longest`."""
 
     sizes: tuple[int, ...]
     longest: int
@@ -118,22 +118,22 @@ class ResizeShortestEdge:
 
 
 def resized_shape(h: int, w: int, shortest: int, longest: int) -> tuple[int, int]:
-    """(h, w) scaled so that the shorter edge is `shortest`, or the longer `longest` if less.
+    """Return (h, w), scaled to a shorter edge of `shortest`, but a longer one of at most `longest`.
 
-    The order of operations is Detectron2's: it decides how .5 is rounded.
+    The order of operations is Detectron2's, since it decides how .5 is rounded.
     """
     scale = shortest * 1.0 / min(h, w)
     new_h, new_w = (shortest * 1.0, scale * w) if h < w else (scale * h, shortest * 1.0)
     if max(new_h, new_w) > longest:
         scale = longest * 1.0 / max(new_h, new_w)
         new_h, new_w = new_h * scale, new_w * scale
-    # Detectron2 can round the thin side of a very long image to 0; one row is left here.
+    # Detectron2 may round the thin side of a very long image to 0; here it is at least 1.
     return max(int(new_h + 0.5), 1), max(int(new_w + 0.5), 1)
 
 
 @dataclass(frozen=True)
 class RandomFlip:
-    """Mirrors every second image, "horizontal" or "vertical"."""
+    """Mirror half of the images, "horizontal" or "vertical"."""
 
     direction: str
 
@@ -143,11 +143,14 @@ class RandomFlip:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Cuts out a window whose place is uniform, and whose size is by `kind`:
+    """Cut out a window at a uniformly random place. `kind` determines its size:
 
-    "relative": (size[0] h, size[1] w); "relative_range": fractions uniform from size to 1;
-    "absolute": size, or the image's where that is less; "absolute_range": both sides uniform
-    from size[0] to size[1], or the image's where that is less.
+        "relative"        (size[0] h, size[1] w)
+        "relative_range"  (fh h, fw w), with fh uniform in size[0]..1, fw in size[1]..1
+        "absolute"        size
+        "absolute_range"  both sides uniform in size[0]..size[1]
+
+    Sides in pixels ("absolute...") are limited to the image's.
     """
 
     kind: str
@@ -159,7 +162,7 @@ class RandomCrop:
         return Crop(x0, y0, crop_h, crop_w)
 
     def shape(self, rng: np.random.Generator, h: int, w: int) -> tuple[int, int]:
-        """Draws the size of the window."""
+        """Draw the size of the window."""
         if self.kind == "absolute":
             return min(self.size[0], h), min(self.size[1], w)
         if self.kind == "absolute_range":
@@ -178,12 +181,12 @@ Augmentation = ResizeShortestEdge | RandomFlip | RandomCrop
 
 
 def build_augmentations(cfg, is_train: bool) -> list[Augmentation]:
-    """Returns Detectron2's default augmentations in its order: crop, resize, flip.
+    """Return Detectron2's default augmentations in its order: crop, resize, flip.
 
-    Each is called with (rng, h, w) and draws a transform for images of that size, or None.
+    Each is called with (rng, h, w), and draws a transform for images of that size, or None.
 
     Raises:
-        ConfigError: a value under INPUT is not allowed; names the key.
+        ConfigError: a value under INPUT is not allowed; the message names the key.
     """
     inputs = cfg.INPUT
     if not is_train:
@@ -202,15 +205,18 @@ def build_augmentations(cfg, is_train: bool) -> list[Augmentation]:
 
 
 def check_choice(key: str, value, choices: tuple[str, ...]) -> None:
+    """Check that `value` of the config key `key` is one of `choices`.
+
+    Raises:
+        ValueError: it is not; the message names the key, the value and the choices.
+    """
     if value not in choices:
         raise ConfigError(f"{key} = {value!r}; allowed: {' or '.join(map(repr, choices))}")
 
 
 def _check_sizes(split: str, sizes: tuple, longest: int, sampling: str) -> None:
     if not sizes or any(type(size) is not int or size < 0 for size in sizes):
-        raise ConfigError(
-            f"INPUT.MIN_SIZE_{split} = {sizes}; allowed: pixels, 0 leaves the image as it is"
-        )
+        raise ConfigError(f"INPUT.MIN_SIZE_{split} = {sizes}; allowed: pixels, or 0 for no resize")
     if longest < 1:
         raise ConfigError(f"INPUT.MAX_SIZE_{split} = {longest}; allowed: pixels, 1 or more")
     check_choice("INPUT.MIN_SIZE_TRAIN_SAMPLING", sampling, ("choice", "range"))

@@ -1,9 +1,9 @@
-"""ResNet, ResNeXt and FPN with Detectron2's parameter names and initialisation.
+"""Provide ResNet, ResNeXt and FPN with Detectron2's parameter names and initialization.
 
 Shapes:
     N images, H x W the padded input, C channels
     images      (N, 3, H, W)
-    res<i>      (N, C_i, H / 2^i, W / 2^i), i = 2..5; res5 keeps res4's size where it is dilated
+    res<i>      (N, C_i, H / 2^i, W / 2^i), i = 2..5; a dilated res5 has res4's size
     p<i>        (N, FPN.OUT_CHANNELS, H / 2^i, W / 2^i), i = 2..6
 """
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Conv2d(nn.Conv2d):
-    """relu(norm(conv(x))); the norm is the convolution's child `norm`, as Detectron2 names it."""
+    """relu(norm(conv(x))), with the norm as the convolution's child `norm`, as in Detectron2"""
 
     def __init__(self, *args, norm: nn.Module | None = None, relu: bool = False, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -38,7 +38,7 @@ class Conv2d(nn.Conv2d):
 
 
 class Stem(nn.Module):
-    """7x7 convolution and 3x3 max pooling, stride 2 each."""
+    """7x7 convolution and 3x3 max pooling, each with stride 2."""
 
     def __init__(self, out_channels: int, norm: Norm) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Stem(nn.Module):
 
 
 class _Block(nn.Module):
-    """relu(residual(x) + shortcut(x)); the residual branch is conv1, conv2, ... in their order."""
+    """relu(residual(x) + shortcut(x)), with the residual branch conv1, conv2, ... in this order"""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class _Block(nn.Module):
 
 
 class BasicBlock(_Block):
-    """The block of ResNet-18 and 34: two 3x3 convolutions."""
+    """Block of ResNet-18 and 34: two 3x3 convolutions."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm) -> None:
         super().__init__(in_channels, out_channels, stride, norm)
@@ -91,7 +91,7 @@ class BasicBlock(_Block):
 
 
 class BottleneckBlock(_Block):
-    """The block of ResNet-50, 101, 152 and ResNeXt: 1x1, 3x3 in groups, 1x1 convolution."""
+    """Block of ResNet-50, 101, 152 and ResNeXt: a 1x1, a grouped 3x3 and a 1x1 convolution."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class BottleneckBlock(_Block):
 def resnet_stage(
     cfg, stage: int, blocks: int, stride: int, dilation: int = 1, bottleneck: bool = True
 ) -> nn.Sequential:
-    """The blocks of res<stage>; the first one has the stride."""
+    """Return the blocks of res<stage>; the first one has the stride."""
     resnets = cfg.MODEL.RESNETS
     widen = 2 ** (stage - 2)
     out_channels = resnets.RES2_OUT_CHANNELS * widen
@@ -155,7 +155,9 @@ def resnet_stage(
 
 
 class ResNet(nn.Module):
-    """He et al., "Deep Residual Learning for Image Recognition", 2016: images -> {name: map}.
+    """ResNet: images (N, 3, H, W) -> {name: feature map}.
+
+    He et al., "Deep Residual Learning for Image Recognition", 2016.
 
     Attributes:
         strides, channels: {name: int} of the maps in RESNETS.OUT_FEATURES.
@@ -199,10 +201,11 @@ class ResNet(nn.Module):
 
 
 class FPN(nn.Module):
-    """p_i = output_i(m_i), m_i = lateral_i(res_i) + m_(i+1) upsampled; p6 is p5, halved
+    """p_i = output_i(m_i),   m_i = lateral_i(res_i) + upsampled m_(i+1)
 
-    Lin et al., "Feature Pyramid Networks for Object Detection", 2017: images -> {name: map}.
-    Attributes as `ResNet`.
+    The input are images (N, 3, H, W), the output is {name: feature map}. p6 is p5 with stride 2.
+    Lin et al., "Feature Pyramid Networks for Object Detection", 2017. Attributes are those of
+    `ResNet`.
     """
 
     def __init__(self, cfg) -> None:
@@ -251,11 +254,11 @@ class FPN(nn.Module):
 
 
 def build_backbone(cfg) -> ResNet | FPN:
-    """The backbone that MODEL.BACKBONE.NAME says."""
+    """Build the backbone named by MODEL.BACKBONE.NAME."""
     norms = (cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM)
     norms += (cfg.MODEL.ROI_BOX_HEAD.NORM, cfg.MODEL.ROI_MASK_HEAD.NORM)
     if "SyncBN" in norms and torch.device(cfg.MODEL.DEVICE).type == "cpu":
-        logger.warning("SyncBN needs a GPU: on the CPU every worker normalises its own batch (BN)")
+        logger.warning("SyncBN needs a GPU: on the CPU every worker normalizes its own batch (BN)")
     return {"build_resnet_backbone": ResNet, "build_resnet_fpn_backbone": FPN}[
         cfg.MODEL.BACKBONE.NAME
     ](cfg)

@@ -1,7 +1,7 @@
-"""Boxes of a batch of images, handled all at once: IoU, matching, sampling, regression, clipping.
+"""Handle the boxes of a batch of images: IoU, matching, sampling, regression, clipping.
 
 Shapes:
-    N images; M ground-truth boxes an image, padded; R anchors or proposals an image, padded
+    N images; M ground-truth boxes per image, padded; R anchors or proposals per image, padded
     boxes       (..., 4) float32, (x0, y0, x1, y1) in pixels of the network's input
     deltas      (..., 4), (dx, dy, dw, dh), the regression's target or output
 """
@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, nms
 
-# exp(dw) may turn a 16 pixel box into a 1000 pixel box, and no more (Detectron's heuristic).
+# exp(dw) may at most turn a 16 pixel box into a 1000 pixel box (Detectron's heuristic).
 MAX_LOG_SCALE = math.log(1000.0 / 16)
-# An IoU matrix over this many (ground truth, box) pairs is computed in groups of images.
+# With more (ground truth, box) pairs than this, the IoU matrix is computed in groups of images.
 MAX_PAIRS = 1 << 24
 
 
 def box_deltas(boxes: Tensor, targets: Tensor, weights: Sequence[float]) -> Tensor:
-    """(wx (tx - x) / w, wy (ty - y) / h, ww log(tw / w), wh log(th / h)), x, y the centres
+    """(wx (tx - x) / w, wy (ty - y) / h, ww log(tw / w), wh log(th / h)), x, y the centers
 
-    The regression target that turns `boxes` (S, 4) into `targets` (S, 4): (S, 4). Girshick et al.,
-    "Rich feature hierarchies", 2014, appendix C.
+    Return the regression targets (S, 4) that turn `boxes` (S, 4) into `targets` (S, 4). Girshick et
+    al., "Rich feature hierarchies", 2014, appendix C.
     """
-    (x, y, w, h), (tx, ty, tw, th) = _centre_and_size(boxes), _centre_and_size(targets)
+    (x, y, w, h), (tx, ty, tw, th) = _center_and_size(boxes), _center_and_size(targets)
     wx, wy, ww, wh = weights
     return torch.stack(
         [wx * (tx - x) / w, wy * (ty - y) / h, ww * torch.log(tw / w), wh * torch.log(th / h)], -1
@@ -33,8 +33,8 @@ def box_deltas(boxes: Tensor, targets: Tensor, weights: Sequence[float]) -> Tens
 
 
 def apply_deltas(deltas: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
-    """The inverse of `box_deltas`, in float32: `deltas` (..., 4) applied to `boxes`, broadcast."""
-    x, y, w, h = _centre_and_size(boxes)
+    """Apply `deltas` (..., 4) to `boxes`, broadcast, in float32: the inverse of `box_deltas`."""
+    x, y, w, h = _center_and_size(boxes)
     wx, wy, ww, wh = weights
     dx, dy, dw, dh = deltas.float().unbind(-1)
     x, y = dx / wx * w + x, dy / wy * h + y
@@ -43,30 +43,31 @@ def apply_deltas(deltas: Tensor, boxes: Tensor, weights: Sequence[float]) -> Ten
     return torch.stack([x - w, y - h, x + w, y + h], -1)
 
 
-def _centre_and_size(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _center_and_size(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x0, y0, x1, y1 = boxes.unbind(-1)
     w, h = x1 - x0, y1 - y0
     return x0 + 0.5 * w, y0 + 0.5 * h, w, h
 
 
 def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Clips `boxes` (..., 4) to `sizes` (..., 2), (height, width) of their images, broadcast."""
+    """Clip `boxes` (..., 4) to `sizes` (..., 2), (height, width) of their images, broadcast."""
     width_height = sizes.flip(-1)
     return torch.minimum(boxes.clamp(min=0), torch.cat([width_height, width_height], -1))
 
 
 def nonempty(boxes: Tensor, min_size: float = 0.0) -> Tensor:
-    """Whether both sides of `boxes` (..., 4) are longer than `min_size`: (...) bool."""
+    """Return whether both sides of `boxes` (..., 4) are longer than `min_size`: (...) bool."""
     return ((boxes[..., 2:] - boxes[..., :2]) > min_size).all(-1)
 
 
 def nms_in_groups(
     boxes: Tensor, scores: Tensor, counts: Sequence[int], iou_threshold: float
 ) -> Tensor:
-    """Indices of the boxes that NMS within each group leaves, by falling score.
+    """Run NMS within each group; return the indices of the boxes kept, by descending score.
 
     Args:
-        boxes, scores: (P, 4) and (P,), group after group of `counts` boxes.
+        boxes, scores: (P, 4) and (P,), group after group.
+        counts: the number of boxes in each group.
     """
     if boxes.device.type != "cpu":
         groups = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
@@ -81,14 +82,14 @@ def nms_in_groups(
 
 
 def pairwise_iou(gt_boxes: Tensor, boxes: Tensor) -> Tensor:
-    """Intersection over union of `gt_boxes` (N, M, 4), `boxes` (N, R, 4) or (R, 4): (N, M, R)."""
+    """Return the IoU (N, M, R) of `gt_boxes` (N, M, 4) and `boxes` (N, R, 4) or (R, 4)."""
     gx0, gy0, gx1, gy1 = gt_boxes.unsqueeze(-2).unbind(-1)  # (N, M, 1)
     x0, y0, x1, y1 = boxes.unsqueeze(-3).movedim(-1, 0).contiguous()  # (N or 1, 1, R)
     w = torch.minimum(gx1, x1).sub_(torch.maximum(gx0, x0)).clamp_(min=0)
     h = torch.minimum(gy1, y1).sub_(torch.maximum(gy0, y0)).clamp_(min=0)
     intersection = w.mul_(h)
     union = (gx1 - gx0) * (gy1 - gy0) + (x1 - x0) * (y1 - y0) - intersection
-    return intersection.div_(union).nan_to_num_(nan=0.0)  # 0 / 0 where both boxes are empty
+    return intersection.div_(union).nan_to_num_(nan=0.0)  # 0 / 0 if both boxes are empty
 
 
 @torch.no_grad()
@@ -100,16 +101,16 @@ def match(
     labels: Sequence[int],
     every_gt: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The ground truth of highest IoU for every box, and the label that this IoU earns.
+    """Match every box with the ground truth of highest IoU, and label it by that IoU.
 
     Args:
         gt_boxes: (N, M, 4), M > 0.
         gt_valid: (N, M) bool, False where a row is padding.
         boxes: (N, R, 4), or (R, 4) for all images.
-        thresholds: ascending IoUs t; a box gets labels[i] where t[i-1] <= IoU < t[i].
-        labels: one more than thresholds, of -1 (ignored), 0 (negative) and 1 (positive).
-        every_gt: the boxes of highest IoU with a ground truth are positive in any case, ties too
-            (Ren et al., "Faster R-CNN", 2015, section 3.1.2 (i)). Their match stays as it is.
+        thresholds: ascending IoUs t; a box gets labels[i] if t[i-1] <= IoU < t[i].
+        labels: one more than thresholds: -1 (ignored), 0 (negative) or 1 (positive).
+        every_gt: for every ground truth, label the box of highest IoU with it, and ties, positive
+            (Ren et al., "Faster R-CNN", 2015, section 3.1.2 (i)). Their match does not change.
 
     Returns:
         index (N, R) int64 in [0, M), label (N, R) int8.
@@ -142,15 +143,17 @@ def match(
 def sample(
     positive: Tensor, negative: Tensor, size: int, positive_fraction: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws `size` boxes of every image without replacement, at most the given fraction positive.
+    """Draw `size` boxes of every image without replacement.
 
-    Too few positives are made up for by negatives; too few of both leave the sample smaller.
+    At most `positive_fraction` of them are positive, the rest negative. If there are too few of
+    both, the sample is smaller.
 
     Args:
         positive, negative: (N, R) bool.
 
     Returns:
-        image, index, is_positive: (S,) each, S <= N * size, by image, the positives of each first.
+        image, index, is_positive: (S,) each, S <= N * size, sorted by image, the positives of each
+            image first.
     """
     R = positive.shape[1]
     keys = torch.rand(positive.shape, device=positive.device)  # < 1: the smallest are drawn

@@ -1,4 +1,4 @@
-"""Mask targets cut out of the ground truth, and predicted masks pasted into the image.
+"""Cut mask targets out of the ground truth, and paste predicted masks into the image.
 
 Shapes:
     F foreground RoIs, D detections of one image; m the mask head's resolution
@@ -20,10 +20,10 @@ MAX_PASTED_BYTES = 1 << 30
 
 
 def mask_targets(masks: Sequence[Mask], boxes: Tensor, size: int) -> Tensor:
-    """What each of `masks` shows within its box, as (F, size, size) bool on the boxes' device.
+    """Return the part of each mask inside its box, as (F, size, size) bool on the boxes' device.
 
-    Polygons are moved into the box's own pixels and filled there by COCO's rasteriser; bitmasks are
-    cut out by RoIAlign and thresholded at 1/2.
+    Polygons are scaled to the box and filled by COCO's rasterizer. Bitmasks are cut out by RoIAlign
+    and thresholded at 1/2.
     """
     targets = torch.zeros(len(masks), size, size, dtype=torch.bool)
     cpu_boxes = boxes.detach().float().cpu()
@@ -40,7 +40,7 @@ def mask_targets(masks: Sequence[Mask], boxes: Tensor, size: int) -> Tensor:
 
 
 def _fill_polygons(masks: Sequence[list[np.ndarray]], boxes: np.ndarray, size: int) -> np.ndarray:
-    """(F, size, size) bool; every polygon of the batch goes through the rasteriser in one call."""
+    """Fill polygons to (F, size, size) bool, with one call of the rasterizer for all of them."""
     counts = np.array([len(polygons) for polygons in masks])
     flat = [polygon for polygons in masks for polygon in polygons]
     lengths = np.repeat(np.arange(len(masks)), counts), np.array([len(p) // 2 for p in flat])
@@ -56,18 +56,19 @@ def _fill_polygons(masks: Sequence[list[np.ndarray]], boxes: np.ndarray, size: i
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear samples of `masks` at the centres of an image's pixels, thresholded at 1/2.
+    """Sample `masks` bilinearly at the centers of an image's pixels, and threshold at 1/2.
 
     Args:
-        masks: (D, m, m) probabilities that fill `boxes` (D, 4).
+        masks: (D, m, m) probabilities, each spanning its box.
+        boxes: (D, 4).
 
     Returns:
-        (D, height, width) bool; False outside of the box.
+        (D, height, width) bool; False outside the box.
     """
     pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
     if not len(masks):
         return pasted
-    # On the CPU a mask is sampled by itself, within its box's pixels alone.
+    # On the CPU masks are sampled one by one, each only in the pixels of its box.
     chunk = 1 if masks.device.type == "cpu" else max(1, MAX_PASTED_BYTES // (height * width * 4))
     for own, box, out in zip(
         masks.split(chunk), boxes.float().split(chunk), pasted.split(chunk), strict=True

@@ -1,8 +1,8 @@
-"""GeneralizedRCNN: Faster and Mask R-CNN with Detectron2's numerics, names and config keys.
+"""Provide GeneralizedRCNN: Faster and Mask R-CNN with Detectron2's numerics, names and config keys.
 
 Shapes:
     N images; H x W their largest size, padded to a multiple of the backbone's divisibility
-    M ground-truth boxes an image, padded; D detections of one image
+    M ground-truth boxes per image, padded; D detections of one image
 """
 
 import torch
@@ -19,12 +19,12 @@ from refbn_d2.layers.peers import prepare_peers
 
 
 class GeneralizedRCNN(nn.Module):
-    """Images -> losses or detections.
+    """Faster or Mask R-CNN: images -> losses or detections.
 
     Ren et al., "Faster R-CNN", 2015; He et al., "Mask R-CNN", 2017.
 
-    `backbone` is called once a forward pass with the normalised padded batch (N, 3, H, W), and
-    returns a dict of feature maps of N rows each.
+    Each forward pass calls `backbone` once, with the normalized and padded batch (N, 3, H, W). The
+    backbone returns a dict of feature maps with N rows each.
     """
 
     def __init__(self, cfg) -> None:
@@ -42,22 +42,22 @@ class GeneralizedRCNN(nn.Module):
         return self.pixel_mean.device
 
     def forward(self, samples: list[dict]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Losses in training mode, detections in eval mode.
+        """Return losses in training mode, detections in eval mode.
 
         Args:
-            samples: dicts with "image" uint8 (3, h, w). In training "gt_boxes" float32 (M, 4),
-                "gt_classes" int64 (M,) and, with MODEL.MASK_ON, "gt_masks": M lists of float64
-                polygons or bool (h, w) bitmasks. In eval mode "height" and "width" of the original
-                image, to whose pixels the detections are scaled.
+            samples: dicts with "image" uint8 (3, h, w). Training needs "gt_boxes" float32 (M, 4),
+                "gt_classes" int64 (M,) and, with MODEL.MASK_ON, "gt_masks": a list of M items,
+                each a list of float64 polygons or a bool (h, w) bitmask. In eval mode detections
+                are scaled to the original image of size "height", "width" (by default h, w).
 
         Returns:
-            In training scalars "loss_cls", "loss_box_reg", "loss_mask" (with MODEL.MASK_ON),
-            "loss_rpn_cls", "loss_rpn_loc". In eval mode a dict for each sample: "pred_boxes"
-            (D, 4), "scores" (D,), "pred_classes" (D,), and with MODEL.MASK_ON "pred_masks" bool
-            (D, height, width).
+            In training a dict of scalars "loss_cls", "loss_box_reg", "loss_rpn_cls",
+            "loss_rpn_loc" and, with MODEL.MASK_ON, "loss_mask". In eval mode a dict per sample:
+            "pred_boxes" (D, 4), "scores" (D,), "pred_classes" (D,) and, with MODEL.MASK_ON,
+            "pred_masks" bool (D, height, width).
 
         Raises:
-            KeyError: a sample lacks what training needs.
+            KeyError: a key that training needs is missing in a sample.
             DivergedError: training has diverged.
         """
         images, image_sizes = self.preprocess_image(samples)
@@ -84,7 +84,7 @@ class GeneralizedRCNN(nn.Module):
         ]
 
     def preprocess_image(self, samples: list[dict]) -> tuple[Tensor, list[tuple[int, int]]]:
-        """(image - PIXEL_MEAN) / PIXEL_STD, zeros to its right and below
+        """Normalize images, (image - PIXEL_MEAN) / PIXEL_STD, and pad right and bottom by zeros.
 
         Returns:
             (N, 3, H, W) float32, channels last; N image sizes (h, w).
@@ -128,7 +128,7 @@ def _in_original_image(
     classes: Tensor,
     masks: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Detections scaled from `size` (h, w) to the sample's (height, width); empty boxes dropped."""
+    """Scale detections from `size` (h, w) to the sample's (height, width); drop empty boxes."""
     height, width = sample.get("height", size[0]), sample.get("width", size[1])
     scale = torch.tensor([width / size[1], height / size[0]] * 2).to(boxes)
     boxes = clip_boxes(boxes * scale, torch.tensor([float(height), width]).to(boxes))
@@ -144,7 +144,7 @@ def _in_original_image(
 
 
 def build_model(cfg) -> GeneralizedRCNN:
-    """Build the model of MODEL.* with fresh weights on MODEL.DEVICE, convolutions channels last."""
+    """Build the model of MODEL.* on MODEL.DEVICE, with new weights, convolutions channels last."""
     model = GeneralizedRCNN(cfg)
     apply_options(model, refbn_options(cfg))
     prepare_peers(model, cfg.SOLVER.MAX_ITER)

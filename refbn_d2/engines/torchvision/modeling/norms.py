@@ -1,4 +1,4 @@
-"""The norms that a config can name, and FrozenBatchNorm2d.
+"""Make the norms that a config can name, and freeze them.
 
 x, y        (N, C, H, W)
 weight, bias, running_mean, running_var     (C,)
@@ -22,7 +22,7 @@ Norm = Callable[[int], nn.Module | None]
 class FrozenBatchNorm2d(nn.Module):
     """y = weight (x - running_mean) / sqrt(running_var + eps) + bias, all four constant buffers
 
-    The identity at first. `num_batches_tracked` is there where the layer was a BatchNorm before.
+    A new layer is the identity. It has `num_batches_tracked` only if it was made from a BatchNorm.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
@@ -36,7 +36,7 @@ class FrozenBatchNorm2d(nn.Module):
 
     @classmethod
     def of(cls, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> "FrozenBatchNorm2d":
-        """`norm` as it is now, frozen; a RefBatchNorm2d's reference is dropped."""
+        """Return a frozen copy of `norm`; a RefBatchNorm2d's reference is dropped."""
         frozen = cls(norm.num_features, norm.eps)
         frozen.weight.copy_(norm.weight.detach())
         frozen.bias.copy_(norm.bias.detach())
@@ -75,10 +75,10 @@ def norm_factory(name: str, device: str) -> Norm:
 
     Args:
         name: one of `NORMS`; GN has 32 groups.
-        device: MODEL.DEVICE: on the CPU, where torch has no synchronized BatchNorm, SyncBN is BN.
+        device: MODEL.DEVICE. On the CPU torch has no synchronized BatchNorm, and SyncBN is BN.
 
     Raises:
-        ConfigError: there is no such norm.
+        ConfigError: `name` is not one of `NORMS`.
     """
     if name not in _NORMS:
         raise ConfigError(f"unknown norm {name!r}; known: {', '.join(map(repr, NORMS))}")
@@ -88,7 +88,7 @@ def norm_factory(name: str, device: str) -> Norm:
 
 
 def freeze(module: nn.Module) -> None:
-    """Freeze every parameter in `module`, and make every BatchNorm in it FrozenBN, in place."""
+    """Freeze every parameter in `module`, and replace every BatchNorm by FrozenBN, in place."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     replace_modules(

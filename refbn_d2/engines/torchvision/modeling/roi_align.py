@@ -1,7 +1,7 @@
-"""RoIAlign with a backward pass that small feature maps on the CPU can afford.
+"""Provide RoIAlign with a fast backward pass for small feature maps on the CPU.
 
-torchvision's CPU kernel scatters the gradient sample by sample, in one thread: a third of a
-training step on small images. RoIAlign is separable, so that its transpose is two matrix products.
+torchvision's CPU kernel scatters the gradient sample by sample, in one thread. That takes a third
+of a training step on small images. RoIAlign is separable, so its transpose is two matrix products.
 
 Shapes:
     N images; C channels; H x W the feature map; s x s the pooled size
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torchvision.ops import roi_align as torchvision_roi_align
 
-# Up to this many cells H * W the matrix products, which run over all of them, are the faster way.
+# The matrix products run over all cells H * W: they are faster up to this number of cells.
 MAX_CELLS = 64 * 64
 MAX_ROIS = 64  # in one matrix product, to keep the intermediate in the cache
 
@@ -21,11 +21,13 @@ MAX_ROIS = 64  # in one matrix product, to keep the intermediate in the cache
 def roi_align(
     features: Tensor, rois: Tensor, size: int, stride: int, sampling_ratio: int, aligned: bool
 ) -> Tensor:
-    """torchvision's `roi_align`, to the bit; its gradient to rounding.
+    """Compute torchvision's `roi_align`: the same output, and the same gradient up to rounding.
 
     Args:
-        features: (N, C, H, W) float32, of `stride` pixels a cell.
-        rois: (S, 5), (image, x0, y0, x1, y1) in pixels, by rising image.
+        features: (N, C, H, W) float32, with `stride` pixels per cell.
+        rois: (S, 5), (image, x0, y0, x1, y1) in pixels, sorted by image.
+        size: s, the side of the output.
+        sampling_ratio, aligned: those of torchvision.
 
     Returns:
         (S, C, size, size)
@@ -69,27 +71,28 @@ class _RoIAlign(torch.autograd.Function):
 def sampling_weights(
     low: Tensor, high: Tensor, cells: int, size: int, scale: float, ratio: int, aligned: bool
 ) -> Tensor:
-    """What each of a map's `cells` along one axis weighs in each of a RoI's `size` bins there
+    """Return the weight of each of a map's `cells` in each of a RoI's `size` bins, on one axis.
 
-    A bin averages `ratio` samples (0: as many as it covers cells, rounded up), each interpolated
-    between two cells. Samples more than a cell outside of the map count as zeros.
+    A bin averages `ratio` samples, each interpolated between two cells. If `ratio` is 0, it
+    averages as many samples as the cells that it covers, rounded up. Samples more than a cell
+    outside the map count as zeros.
 
     Args:
-        low, high: (S,), where the RoIs begin and end, in pixels.
+        low, high: (S,), start and end of the RoIs, in pixels.
 
     Returns:
         (S, size, cells)
     """
     low, high = (low * scale - 0.5, high * scale - 0.5) if aligned else (low * scale, high * scale)
     length = high - low if aligned else (high - low).clamp(min=1)
-    step = length / size  # of the bins
+    step = length / size  # size of a bin
     samples = torch.full_like(step, ratio) if ratio > 0 else step.ceil()
-    centre = torch.arange(cells, dtype=low.dtype)
-    first = low[:, None] + torch.arange(size) * step[:, None]  # (S, size), where the bins begin
+    center = torch.arange(cells, dtype=low.dtype)
+    first = low[:, None] + torch.arange(size) * step[:, None]  # (S, size), start of the bins
     weights = low.new_zeros(len(low), size, cells)
     for k in range(int(samples.max()) if len(samples) else 0):
         at = first + ((k + 0.5) * step / samples.clamp(min=1))[:, None]
         counts = (at >= -1) & (at <= cells) & (k < samples)[:, None]
-        near = (1 - (at.clamp(0, cells - 1)[..., None] - centre).abs()).clamp(min=0)
+        near = (1 - (at.clamp(0, cells - 1)[..., None] - center).abs()).clamp(min=0)
         weights += near * (counts / samples.clamp(min=1)[:, None])[..., None]
     return weights

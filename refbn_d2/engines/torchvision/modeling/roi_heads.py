@@ -1,8 +1,8 @@
-"""Box and mask heads on regions of interest, with Detectron2's numerics.
+"""Provide box and mask heads on regions of interest, with Detectron2's numerics.
 
 Shapes:
     N images; S RoIs of the batch, F of them foreground; K classes, and class K is background
-    M ground-truth boxes an image, padded; P_n proposals of image n; D_n detections of image n
+    M ground-truth boxes per image, padded; P_n proposals of image n; D_n detections of image n
     rois        (S, 5) float32, (image, x0, y0, x1, y1) in pixels of the network's input
     m           the mask head's resolution, 2 ROI_MASK_HEAD.POOLER_RESOLUTION (C4: the same)
 """
@@ -33,7 +33,7 @@ from refbn_d2.engines.torchvision.modeling.rpn import Targets
 
 
 class Sampled(NamedTuple):
-    """RoIs to train on."""
+    """Sampled RoIs to train on, with their targets."""
 
     rois: Tensor  # (S, 5)
     classes: Tensor  # (S,) int64 in [0, K]
@@ -41,22 +41,22 @@ class Sampled(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """Detected objects of N images, in the network's input; one image after the other."""
+    """Detected objects of N images, image after image, in pixels of the network's input."""
 
     rois: Tensor  # (D, 5)
     scores: Tensor  # (D,)
     classes: Tensor  # (D,) int64 in [0, K)
-    counts: list[int]  # D_n of every image, D their sum
+    counts: list[int]  # D_n of every image; D is their sum
 
 
 class ROIPooler:
-    """RoIAlign, of every RoI on the level k = floor(4 + log2(sqrt(w h) / 224)) that exists
+    """RoIAlign of every RoI on level k = floor(4 + log2(sqrt(w h) / 224)), clamped to those given
 
     Lin et al., "Feature Pyramid Networks for Object Detection", 2017, equation (1).
 
     Args:
         head: cfg.MODEL.ROI_BOX_HEAD or ROI_MASK_HEAD.
-        strides: of the feature maps, each double the one before.
+        strides: those of the feature maps, each twice the one before.
     """
 
     def __init__(self, head, strides: Sequence[int]) -> None:
@@ -65,14 +65,14 @@ class ROIPooler:
         self.aligned = head.POOLER_TYPE == "ROIAlignV2"
 
     def levels(self, rois: Tensor) -> Tensor:
-        """Index of the feature map for each of `rois` (S, 5): (S,) int64."""
+        """Return the index of the feature map for each of `rois` (S, 5): (S,) int64."""
         side = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
         level = torch.floor(4 + torch.log2(side / 224 + 1e-8))
         lowest = int(math.log2(self.strides[0]))
         return level.clamp(lowest, lowest + len(self.strides) - 1).long() - lowest
 
     def __call__(self, features: list[Tensor], rois: Tensor) -> Tensor:
-        """(S, C, size, size) out of maps (N, C, H_i, W_i) and `rois` (S, 5) by rising image."""
+        """Pool maps (N, C, H_i, W_i) to (S, C, size, size) at `rois` (S, 5), sorted by image."""
         if len(features) == 1:
             return self._pool(0, features[0], rois)
         levels = self.levels(rois)
@@ -83,7 +83,7 @@ class ROIPooler:
                 return self._pool(i, feature, rois)
             order.append(index)
             pooled.append(self._pool(i, feature, rois[index]))
-        # Back from the levels' order to that of `rois`.
+        # Reorder from the levels' order to that of `rois`.
         return torch.cat(pooled)[torch.cat(order).argsort()]
 
     def _pool(self, i: int, feature: Tensor, rois: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class ROIPooler:
 
 
 def box_head(cfg, in_channels: int) -> nn.Sequential:
-    """conv1.. and fc1.. of Detectron2's FastRCNNConvFCHead: (S, C, h, w) -> (S, FC_DIM)."""
+    """Build Detectron2's FastRCNNConvFCHead, (S, C, h, w) -> (S, FC_DIM): conv1.., then fc1.."""
     options = cfg.MODEL.ROI_BOX_HEAD
     head, filled = nn.Sequential(), []
     norm, bias = norm_factory(options.NORM, cfg.MODEL.DEVICE), options.NORM == ""
@@ -120,7 +120,10 @@ def box_head(cfg, in_channels: int) -> nn.Sequential:
 
 
 class BoxPredictor(nn.Module):
-    """x (S, D) -> class logits (S, K + 1), box deltas (S, K, 4) or, for all classes, (S, 1, 4)."""
+    """Linear layers: x (S, D) -> class logits (S, K + 1) and box deltas (S, K, 4).
+
+    With CLS_AGNOSTIC_BBOX_REG the deltas are (S, 1, 4).
+    """
 
     def __init__(self, cfg, in_features: int) -> None:
         super().__init__()
@@ -138,7 +141,7 @@ class BoxPredictor(nn.Module):
 
 
 def mask_head(cfg, in_channels: int) -> nn.Sequential:
-    """Detectron2's MaskRCNNConvUpsampleHead: (F, C, h, w) -> logits (F, K or 1, 2h, 2w)."""
+    """Build Detectron2's MaskRCNNConvUpsampleHead: (F, C, h, w) -> logits (F, K or 1, 2h, 2w)."""
     options = cfg.MODEL.ROI_MASK_HEAD
     head, dim = nn.Sequential(), options.CONV_DIM
     norm, bias = norm_factory(options.NORM, cfg.MODEL.DEVICE), options.NORM == ""
@@ -159,9 +162,9 @@ def mask_head(cfg, in_channels: int) -> nn.Sequential:
 
 
 class ROIHeads(nn.Module):
-    """Features and proposals -> losses in training, detections in eval mode.
+    """Base class of the heads: features and proposals -> losses in training, else detections.
 
-    A subclass says how RoIs become the box predictor's and the mask head's input.
+    A subclass turns RoIs into the inputs of the box predictor and the mask head.
     """
 
     def __init__(self, cfg) -> None:
@@ -174,13 +177,13 @@ class ROIHeads(nn.Module):
         self.mask_on = cfg.MODEL.MASK_ON
 
     def box_features(self, features: list[Tensor], rois: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The box predictor's input (S, D), and what `mask_features` can make use of."""
+        """Return the box predictor's input (S, D), and features that `mask_features` can reuse."""
         raise NotImplementedError
 
     def mask_features(
         self, features: list[Tensor], rois: Tensor, index: Tensor, shared: Tensor | None
     ) -> Tensor:
-        """The mask head's input (F, C, h, w) for `rois[index]`, `index` (F,)."""
+        """Return the mask head's input (F, C, h, w) for `rois[index]`, with `index` (F,)."""
         raise NotImplementedError
 
     def forward(
@@ -190,19 +193,19 @@ class ROIHeads(nn.Module):
         proposals: list[Tensor],
         targets: Targets | None = None,
     ) -> dict[str, Tensor] | tuple[Detections, Tensor | None]:
-        """Trains or detects.
+        """Return the losses in training mode, detections in eval mode.
 
         Args:
             features: maps by name, (N, C, H_i, W_i).
             sizes: (N, 2) float32, (height, width) of every image without its padding.
-            proposals: N of (P_n, 4).
+            proposals: N tensors (P_n, 4).
             targets: the ground truth, in training.
 
         Returns:
-            In training {"loss_cls", "loss_box_reg", "loss_mask" where there is a mask head}.
-            In eval mode the detections, and their masks' probabilities (D, m, m) or None.
+            In training {"loss_cls", "loss_box_reg"}, and "loss_mask" with a mask head. In eval mode
+            the detections, and their masks' probabilities (D, m, m), or None without a mask head.
         """
-        # RoIAlign's CPU kernel copies anything else, and runs in float32 under autocast anyway.
+        # RoIAlign's CPU kernel copies other inputs, and runs in float32 under autocast anyway.
         maps = [features[f].float().contiguous() for f in self.in_features]
         if self.training:
             return self._train(maps, self.sample(proposals, targets), targets)
@@ -220,12 +223,15 @@ class ROIHeads(nn.Module):
 
     @torch.no_grad()
     def sample(self, proposals: list[Tensor], targets: Targets) -> Sampled:
-        """Labels the proposals, and the ground truth with them, and draws BATCH_SIZE_PER_IMAGE."""
+        """Label the proposals, with the ground truth among them, and draw BATCH_SIZE_PER_IMAGE.
+
+        The ground truth is among them only with PROPOSAL_APPEND_GT.
+        """
         options = self.options
         boxes = pad_sequence(proposals, batch_first=True)
         counts = torch.tensor([len(p) for p in proposals]).to(boxes.device)
         valid = torch.arange(boxes.shape[1], device=boxes.device) < counts[:, None]
-        if options.PROPOSAL_APPEND_GT:  # else there are hardly any positives at first
+        if options.PROPOSAL_APPEND_GT:  # else there are almost no positives at first
             boxes = torch.cat([boxes, targets.boxes], dim=1)
             valid = torch.cat([valid, targets.valid], dim=1)
         index, label = match(
@@ -268,9 +274,10 @@ class ROIHeads(nn.Module):
         return losses
 
     def box_losses(self, logits, deltas, rois, classes, foreground, gt_boxes) -> dict[str, Tensor]:
-        """Mean cross-entropy over S RoIs; (smooth) L1 of the foreground's deltas, summed, / S.
+        """Return cross-entropy of S RoIs and (smooth) L1 of the foreground's deltas, both sums / S.
 
-        `foreground` (F,) are indices of RoIs, `gt_boxes` (F, 4) theirs. Both are 0 where S is.
+        `foreground` (F,) are indices of RoIs, `gt_boxes` (F, 4) their ground truth. Both losses are
+        0 if S is 0.
         """
         options, count = self.box_options, max(len(rois), 1)
         loss_cls = F.cross_entropy(logits, classes, reduction="sum") / count
@@ -285,7 +292,7 @@ class ROIHeads(nn.Module):
         }
 
     def mask_loss(self, logits: Tensor, classes: Tensor, masks: list, boxes: Tensor) -> Tensor:
-        """Mean binary cross-entropy of the F RoIs' own class masks (F, m, m); 0 where F is."""
+        """Return the mean binary cross-entropy of each RoI's mask of its class; 0 if F is 0."""
         wanted = mask_targets(masks, boxes, logits.shape[-1])
         logits = self._of_class(logits, classes)
         total = F.binary_cross_entropy_with_logits(logits, wanted.float(), reduction="sum")
@@ -293,13 +300,13 @@ class ROIHeads(nn.Module):
 
     @staticmethod
     def _of_class(logits: Tensor, classes: Tensor) -> Tensor:
-        """(F, m, m) out of (F, K, m, m) by `classes` (F,), or out of (F, 1, m, m)."""
+        """Select (F, m, m) from (F, K, m, m) by `classes` (F,), or from (F, 1, m, m)."""
         if logits.shape[1] == 1:
             return logits[:, 0]
         return logits[torch.arange(len(logits), device=logits.device), classes]
 
     def detect(self, logits: Tensor, deltas: Tensor, rois: Tensor, sizes: Tensor) -> Detections:
-        """Scores over SCORE_THRESH_TEST, NMS by class, and the DETECTIONS_PER_IMAGE best."""
+        """Keep scores above SCORE_THRESH_TEST, run NMS per class, keep DETECTIONS_PER_IMAGE."""
         options, image = self.options, rois[:, 0].long()
         boxes = apply_deltas(deltas, rois[:, None, 1:], self.box_options.BBOX_REG_WEIGHTS)
         scores = logits.softmax(dim=1)
@@ -324,7 +331,7 @@ class ROIHeads(nn.Module):
 
 
 class StandardROIHeads(ROIHeads):
-    """Box and mask head pool for themselves (FPN, DC5)."""
+    """Heads for FPN and DC5: box and mask head each pool their own features."""
 
     def __init__(self, cfg, strides: dict[str, int], channels: dict[str, int]) -> None:
         super().__init__(cfg)
@@ -345,7 +352,7 @@ class StandardROIHeads(ROIHeads):
 
 
 class Res5ROIHeads(ROIHeads):
-    """Box and mask head share RoIs that went through three bottleneck blocks, res5 (C4)."""
+    """Heads for C4: box and mask head share RoI features from res5, three bottleneck blocks."""
 
     def __init__(self, cfg, strides: dict[str, int], channels: dict[str, int]) -> None:
         super().__init__(cfg)
@@ -367,6 +374,6 @@ class Res5ROIHeads(ROIHeads):
 
 
 def build_roi_heads(cfg, strides: dict[str, int], channels: dict[str, int]) -> ROIHeads:
-    """The heads that MODEL.ROI_HEADS.NAME says, on maps of these strides and channels."""
+    """Build the heads named by MODEL.ROI_HEADS.NAME, for maps of these strides and channels."""
     heads = {"StandardROIHeads": StandardROIHeads, "Res5ROIHeads": Res5ROIHeads}
     return heads[cfg.MODEL.ROI_HEADS.NAME](cfg, strides, channels)

@@ -1,8 +1,8 @@
-"""The region proposal network: Ren et al., "Faster R-CNN", 2015, with Detectron2's numerics.
+"""Provide the region proposal network (Ren et al., "Faster R-CNN", 2015), as in Detectron2.
 
 Shapes:
-    N images; A anchors a position; L feature maps of H_i x W_i; R = sum of H_i W_i A anchors
-    M ground-truth boxes an image, padded; P_n proposals of image n
+    N images; A anchors per position; L feature maps of H_i x W_i; R = sum of H_i W_i A anchors
+    M ground-truth boxes per image, padded; P_n proposals of image n
     logits (N, R), deltas (N, R, 4), anchors (R, 4), ordered by map, then position, then anchor
 """
 
@@ -36,10 +36,10 @@ class Targets(NamedTuple):
 
 
 class AnchorGenerator(nn.Module):
-    """Boxes w = s / sqrt(a), h = a w around (offset + position) * stride
+    """w = s / sqrt(a),   h = a w,   center = (offset + position) * stride
 
-    for every size s and aspect ratio a = h / w. Nothing is rounded. Those of the last feature maps'
-    sizes are kept for the next call.
+    There is one box for every size s and aspect ratio a = h / w. Nothing is rounded. The anchors
+    are kept for the next call with feature maps of the same sizes.
     """
 
     def __init__(self, cfg, strides: list[int]) -> None:
@@ -56,7 +56,7 @@ class AnchorGenerator(nn.Module):
         self._kept = (None, None)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """(H_i W_i A, 4) for each of `features` (N, C, H_i, W_i)."""
+        """Return the anchors (H_i W_i A, 4) of each of `features` (N, C, H_i, W_i)."""
         key = [feature.shape[-2:] for feature in features], self.cells0.device
         if self._kept[0] != key:
             self._kept = key, [self._of_map(i, *size) for i, size in enumerate(key[0])]
@@ -75,14 +75,14 @@ class AnchorGenerator(nn.Module):
 
 
 def _for_every_map(values: list, maps: int) -> list[list[float]]:
-    """One list a map, out of a list for all maps, [a list for all maps], or a list of lists."""
+    """Return one list per map. `values` is one list for all maps, or [that list], or already so."""
     if not isinstance(values[0], list | tuple):
         return [values] * maps
     return list(values) * maps if len(values) == 1 else list(values)
 
 
 class RPNHead(nn.Module):
-    """3x3 convolutions, then 1x1 for objectness logits and anchor deltas, shared by all maps."""
+    """3x3 convolutions, then 1x1 ones for objectness logits and anchor deltas, on every map."""
 
     def __init__(self, cfg, in_channels: int, num_anchors: int) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class RPNHead(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Logits (N, H_i W_i A) and deltas (N, H_i W_i A, 4) for every map, in float32."""
+        """Return logits (N, H_i W_i A) and deltas (N, H_i W_i A, 4) of every map, in float32."""
         logits, deltas = [], []
         for x in features:
             x = self.conv(x)
@@ -113,7 +113,7 @@ class RPNHead(nn.Module):
 
 
 class RPN(nn.Module):
-    """Features and image sizes -> proposals; in training also loss_rpn_cls and loss_rpn_loc.
+    """Region proposal network: features and image sizes -> proposals, and losses in training.
 
     Args:
         strides, channels: {name: int} of the backbone's feature maps.
@@ -132,7 +132,7 @@ class RPN(nn.Module):
     def forward(
         self, features: dict[str, Tensor], sizes: Tensor, targets: Targets | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Proposes boxes.
+        """Propose boxes.
 
         Args:
             features: maps by name, (N, C, H_i, W_i).
@@ -140,10 +140,11 @@ class RPN(nn.Module):
             targets: the ground truth, in training.
 
         Returns:
-            N proposals (P_n, 4) by falling score, constants; the losses, none in eval mode.
+            proposals: N tensors (P_n, 4), by descending score, without gradient.
+            losses: empty in eval mode.
 
         Raises:
-            DivergedError: a proposal or score is infinite or NaN, in training.
+            DivergedError: in training, a proposal or score is infinite or NaN.
         """
         maps = [features[f] for f in self.in_features]
         anchors = self.anchor_generator(maps)
@@ -152,7 +153,10 @@ class RPN(nn.Module):
         return self.propose(anchors, logits, deltas, sizes), losses
 
     def losses(self, anchors, logits, deltas, sizes, targets: Targets) -> dict[str, Tensor]:
-        """Cross-entropy and (smooth) L1 over the sampled anchors, / (BATCH_SIZE_PER_IMAGE N)."""
+        """Return cross-entropy and (smooth) L1 loss of the sampled anchors.
+
+        Both are sums, divided by BATCH_SIZE_PER_IMAGE N.
+        """
         options = self.options
         anchors, logits = torch.cat(anchors), torch.cat(logits, dim=1)
         index, label = match(
@@ -193,7 +197,10 @@ class RPN(nn.Module):
 
     @torch.no_grad()
     def propose(self, anchors, logits, deltas, sizes: Tensor) -> list[Tensor]:
-        """The PRE_NMS_TOPK best of every map, decoded, clipped; of NMS by map the POST_NMS_TOPK."""
+        """Decode and clip the PRE_NMS_TOPK best of every map; return the POST_NMS_TOPK after NMS.
+
+        NMS compares boxes of the same map only.
+        """
         options, mode = self.options, "TRAIN" if self.training else "TEST"
         scores, boxes = [], []
         for own_anchors, logit, delta in zip(anchors, logits, deltas, strict=True):
