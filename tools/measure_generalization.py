@@ -5,6 +5,7 @@ Interrupted, it resumes where it was. docs/measuring.md explains the study files
 """
 
 import argparse
+from pathlib import Path
 
 from refbn_d2.study.measure import measure
 from refbn_d2.study.spec import ENGINES
@@ -22,6 +23,13 @@ def parser() -> argparse.ArgumentParser:
         "--only", default="", metavar="norm=X,seed=N,condition=Y", help="the runs to do, of all"
     )
     p.add_argument("--engine", choices=ENGINES, default="", help="default: the study's")
+    p.add_argument(
+        "--have", type=Path, metavar="CSV", help="results of an earlier session, not to be repeated"
+    )
+    p.add_argument(
+        "--same-code", default="", metavar="HASH",
+        help="the code that made the results of --have, if it computes the same numbers as this",
+    )  # fmt: skip
     p.add_argument("--dry-run", action="store_true", help="list the commands, and do nothing")
     return p
 

@@ -17,6 +17,7 @@ import yaml
 
 from refbn_d2.study.bootstrap import bootstrap
 from refbn_d2.study.data import DetectionSets
+from refbn_d2.study.earlier import Run, earlier_results
 from refbn_d2.study.evaluation import evaluate_run
 from refbn_d2.study.fingerprint import code_hash
 from refbn_d2.study.plan import Plan, parse_only, plain
@@ -48,8 +49,9 @@ def measure(args: argparse.Namespace) -> None:
     only = parse_only(args.only, study)
     folder = Path(args.output_dir or f"output/studies/{study.name}")
     plan = Plan(study, folder, engine_of(args.engine or study.engine))
-    jobs = plan.jobs(only)
-    if not jobs:
+    earlier = earlier_results(args.have, study, args.same_code) if args.have else {}
+    jobs = plan.jobs(only, earlier)
+    if not jobs and not earlier:
         raise ConfigError(f"--only {args.only!r}: the study has no such run")
     if args.dry_run:
         for job in jobs:
@@ -64,7 +66,7 @@ def measure(args: argparse.Namespace) -> None:
         runner.run()
         failed = [r for r in runner.records.values() if r.status == "failed"]
         costs = {} if args.only else measure_timing(plan, runner.gpus)
-        write_results(plan, folder, costs)
+        write_results(plan, folder, costs, earlier)
     if failed:
         raise ChildProcessError(
             f"{len(failed)} of {len(jobs)} jobs failed, and the others are done: "
@@ -100,8 +102,11 @@ def _command(study: Study, *more: str) -> list[str]:
     return ["python", "tools/measure_generalization.py", "--study", str(study.file), *more]
 
 
-def rows_of(plan: Plan) -> Iterable[Row]:
-    """The rows of all runs of the study; of those that are not done, one without a value.
+def rows_of(plan: Plan, earlier: Mapping[Run, list[Row]]) -> Iterable[Row]:
+    """Yield the rows of all runs of the study; of those that are not done, one without a value.
+
+    Args:
+        earlier: rows of runs that are not in the folder.
 
     Raises:
         ConfigError: a run in the folder is of another version of the study or of the code.
@@ -109,6 +114,9 @@ def rows_of(plan: Plan) -> Iterable[Row]:
     study = plan.study
     for job in plan.runs:
         record = Record(job)
+        if record.status == "not run" and job.run in earlier:
+            yield from earlier[job.run]
+            continue
         record.check()
         only = f"norm={job.norm},seed={job.seed},condition={job.condition}"
         common = (study.name, job.norm, job.seed, job.condition)
@@ -125,15 +133,17 @@ def rows_of(plan: Plan) -> Iterable[Row]:
             yield Row(*common, metric, value, n, status, command)
 
 
-def write_results(plan: Plan, folder: Path, costs: Mapping[str, Mapping]) -> None:
+def write_results(
+    plan: Plan, folder: Path, costs: Mapping[str, Mapping], earlier: Mapping[Run, list[Row]]
+) -> None:
     """Write results.csv, results.json, results.md and report.html."""
     study = plan.study
-    rows = [*rows_of(plan), *_cost_rows(study, costs)]
+    rows = [*rows_of(plan, earlier), *_cost_rows(study, costs)]
     resampled = bootstrap(plan) if isinstance(plan.sets, DetectionSets) else []
     about = About(
         study.name, study.title, study.baseline, study.text, shlex.join(_command(study)),
         {n.name: n.text for n in study.norms.values() if n.text},
-        {c.name: c.text for c in study.conditions.values() if c.text},
+        {c.name: c.text for c in study.conditions.values() if c.text}, code_hash(),
     )  # fmt: skip
     write_csv(rows, folder / "results.csv")
     write_text(folder / "results.yaml", yaml.safe_dump(vars(about), sort_keys=False, width=100))

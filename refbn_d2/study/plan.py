@@ -9,7 +9,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,10 @@ class Job:
     @property
     def kind(self) -> str:
         return self.id.partition("/")[0]
+
+    @property
+    def run(self) -> tuple[str, str, int]:
+        return self.norm, self.condition, self.seed
 
 
 @dataclass(frozen=True)
@@ -137,10 +141,12 @@ class Plan:
                 f"study file {study.file}: two norms or conditions differ in signs only"
             )
 
-    def jobs(self, only: Only | None = None) -> list[Job]:
-        """Pretrainings first, and only those that are needed."""
+    def jobs(
+        self, only: Only | None = None, done: Collection[tuple[str, str, int]] = ()
+    ) -> list[Job]:
+        """Return the runs of `only` that are not `done`, after the pretrainings that they need."""
         only = only or Only()
-        runs = [run for run in self.runs if (run.norm, run.condition, run.seed) in only]
+        runs = [run for run in self.runs if run.run in only and run.run not in done]
         needed = {run.needs for run in runs}
         return [job for job in self.pretrainings if job.id in needed] + runs
 

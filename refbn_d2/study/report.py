@@ -57,6 +57,7 @@ class About:
     command: str = ""
     norms: Mapping[str, str] = field(default_factory=dict)  # name -> what it is
     conditions: Mapping[str, str] = field(default_factory=dict)
+    code: str = ""  # `code_hash` of the code that made the results
 
 
 def meaning(metric: str) -> str:
