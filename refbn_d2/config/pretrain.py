@@ -5,7 +5,7 @@ Keys have Detectron2's names where Detectron2 has the key, else timm's.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from refbn_d2.config.cfg_node import CfgNode, leaves
 from refbn_d2.config.refbn import add_refbn_model_config
@@ -120,66 +120,74 @@ def _add_solver(cfg: CfgNode) -> None:
 # ---- allowed values
 
 
-def _check(allowed: str, test: Callable[[Any], bool], *keys: str) -> dict[str, tuple]:
-    return {key: (allowed, test) for key in keys}
+class _Rule(NamedTuple):
+    """What some keys may hold: in words, and as a test of a value."""
+
+    allowed: str
+    fits: Callable[[Any], bool]
+    keys: tuple[str, ...]
 
 
-def _one_of(*choices: str) -> tuple[str, Callable[[Any], bool]]:
-    return " or ".join(map(repr, choices)), lambda value: value in choices
+def _one_of(choices: tuple[str, ...], *keys: str) -> _Rule:
+    return _Rule(" or ".join(map(repr, choices)), lambda value: value in choices, keys)
 
 
-def _at_least(least: float) -> tuple[str, Callable[[Any], bool]]:
-    return f"{least} or more", lambda value: least <= value < math.inf
+def _at_least(least: float, *keys: str) -> _Rule:
+    return _Rule(f"{least} or more", lambda value: least <= value < math.inf, keys)
 
 
 def _is_range(value: Any) -> bool:
     return len(value) == 2 and 0 < value[0] <= value[1] < math.inf
 
 
-_ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **_check(*_one_of("RefBN", "BN", "SyncBN", "GN", *PEERS), "MODEL.NORM"),
-    **_check(*_one_of("cuda", "cpu"), "MODEL.DEVICE"),
-    **_check(*_one_of("horizontal", "none"), "INPUT.RANDOM_FLIP"),
-    **_check(*_one_of("cosine", "multistep", "tanh", "constant"), "SOLVER.LR_SCHEDULER_NAME"),
-    **_check(*_one_of("bilinear", "bicubic", "lanczos", "random"), "INPUT.INTERPOLATION"),
-    **_check(*_one_of("batch", "pair", "elem"), "INPUT.MIXUP_MODE"),
-    **_check(*_one_of("iid", "domain", "class"), "DATALOADER.BATCH_COMPOSITION"),
-    **_check(*_one_of("ce", "bce"), "SOLVER.LOSS"),
-    **_check(*_one_of("bfloat16", "float16"), "SOLVER.AMP.DTYPE"),
-    **_check(*_at_least(32), "INPUT.SIZE", "INPUT.SIZE_TEST"),
-    **_check(
-        *_at_least(1), "DATALOADER.AUG_REPEATS", "DATALOADER.CLASSES_PER_BATCH", "SOLVER.EPOCHS",
+_RULES = (
+    _one_of(("RefBN", "BN", "SyncBN", "GN", *PEERS), "MODEL.NORM"),
+    _one_of(("cuda", "cpu"), "MODEL.DEVICE"),
+    _one_of(("horizontal", "none"), "INPUT.RANDOM_FLIP"),
+    _one_of(("cosine", "multistep", "tanh", "constant"), "SOLVER.LR_SCHEDULER_NAME"),
+    _one_of(("bilinear", "bicubic", "lanczos", "random"), "INPUT.INTERPOLATION"),
+    _one_of(("batch", "pair", "elem"), "INPUT.MIXUP_MODE"),
+    _one_of(("iid", "domain", "class"), "DATALOADER.BATCH_COMPOSITION"),
+    _one_of(("ce", "bce"), "SOLVER.LOSS"),
+    _one_of(("bfloat16", "float16"), "SOLVER.AMP.DTYPE"),
+    _at_least(32, "INPUT.SIZE", "INPUT.SIZE_TEST"),
+    _at_least(
+        1, "DATALOADER.AUG_REPEATS", "DATALOADER.CLASSES_PER_BATCH", "SOLVER.EPOCHS",
         "SOLVER.IMS_PER_BATCH", "SOLVER.GRAD_ACCUM_STEPS", "SOLVER.CHECKPOINT_PERIOD",
     ),
-    **_check(
-        *_at_least(0), "MODEL.NUM_CLASSES", "INPUT.COLOR_JITTER", "INPUT.MIXUP_ALPHA",
-        "INPUT.CUTMIX_ALPHA", "INPUT.MIXUP_OFF_EPOCH", "DATALOADER.NUM_WORKERS", "SOLVER.MOMENTUM",
-        "SOLVER.WEIGHT_DECAY", "SOLVER.BASE_LR_END", "SOLVER.WARMUP_EPOCHS", "SOLVER.WARMUP_LR",
-        "SOLVER.CLIP_GRAD", "TEST.VAL_INTERVAL",
+    _at_least(
+        0, "MODEL.NUM_CLASSES", "INPUT.COLOR_JITTER", "INPUT.MIXUP_ALPHA", "INPUT.CUTMIX_ALPHA",
+        "INPUT.MIXUP_OFF_EPOCH", "DATALOADER.NUM_WORKERS", "SOLVER.MOMENTUM", "SOLVER.WEIGHT_DECAY",
+        "SOLVER.BASE_LR_END", "SOLVER.WARMUP_EPOCHS", "SOLVER.WARMUP_LR", "SOLVER.CLIP_GRAD",
+        "TEST.VAL_INTERVAL",
     ),
-    **_check(
-        "a number in [0, 1)", lambda value: 0 <= value < 1, "MODEL.DROP_RATE",
-        "MODEL.DROP_PATH_RATE", "DATALOADER.MAX_UNREADABLE", "SOLVER.LABEL_SMOOTHING",
+    _Rule(
+        "a number in [0, 1)", lambda value: 0 <= value < 1,
+        ("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "DATALOADER.MAX_UNREADABLE",
+         "SOLVER.LABEL_SMOOTHING"),
     ),
-    **_check(
-        "a number in [0, 1]", lambda value: 0 <= value <= 1, "MODEL.EMA.DECAY",
-        "INPUT.RANDOM_ERASING", "INPUT.MIXUP_PROB", "INPUT.MIXUP_SWITCH_PROB",
+    _Rule(
+        "a number in [0, 1]", lambda value: 0 <= value <= 1,
+        ("MODEL.EMA.DECAY", "INPUT.RANDOM_ERASING", "INPUT.MIXUP_PROB", "INPUT.MIXUP_SWITCH_PROB"),
     ),
-    **_check("a number in (0, 1]", lambda value: 0 < value <= 1, "INPUT.CROP_PCT", "SOLVER.GAMMA"),
-    **_check("a number above 0", lambda value: 0 < value < math.inf, "SOLVER.BASE_LR"),
-    **_check("two numbers above 0, ascending", _is_range, "INPUT.SCALE", "INPUT.RATIO"),
-    **_check("3 numbers", lambda value: len(value) == 3, "MODEL.PIXEL_MEAN"),
-    **_check(
-        "3 numbers above 0", lambda value: len(value) == 3 and min(value) > 0, "MODEL.PIXEL_STD"
+    _Rule(
+        "a number in (0, 1]", lambda value: 0 < value <= 1, ("INPUT.CROP_PCT", "SOLVER.GAMMA")
     ),
-    **_check(
-        "epochs, ascending", lambda value: list(value) == sorted(value), "SOLVER.DECAY_MILESTONES"
+    _Rule("a number above 0", lambda value: 0 < value < math.inf, ("SOLVER.BASE_LR",)),
+    _Rule("two numbers above 0, ascending", _is_range, ("INPUT.SCALE", "INPUT.RATIO")),
+    _Rule("3 numbers", lambda value: len(value) == 3, ("MODEL.PIXEL_MEAN",)),
+    _Rule(
+        "3 numbers above 0", lambda value: len(value) == 3 and min(value) > 0, ("MODEL.PIXEL_STD",)
     ),
-    **_check(
+    _Rule(
+        "epochs, ascending", lambda value: list(value) == sorted(value),
+        ("SOLVER.DECAY_MILESTONES",),
+    ),
+    _Rule(
         "None or a number in [0, 1)", lambda value: value is None or 0 <= value < 1,
-        "SOLVER.BCE_TARGET_THRESH",
+        ("SOLVER.BCE_TARGET_THRESH",),
     ),
-}  # fmt: skip
+)  # fmt: skip
 
 
 def check_pretrain_config(cfg: CfgNode) -> None:
@@ -190,13 +198,14 @@ def check_pretrain_config(cfg: CfgNode) -> None:
     """
     values = dict(leaves(cfg))
     problems = []
-    for key, (allowed, test) in _ALLOWED.items():
-        try:
-            fits = test(values[key])
-        except TypeError:  # a string for a number
-            fits = False
-        if not fits:
-            problems.append(f"{key} = {values[key]!r}; allowed: {allowed}")
+    for rule in _RULES:
+        for key in rule.keys:
+            try:
+                fits = rule.fits(values[key])
+            except TypeError:  # a string for a number
+                fits = False
+            if not fits:
+                problems.append(f"{key} = {values[key]!r}; allowed: {rule.allowed}")
     problems = problems or [f"{key} = {values[key]!r}; {why}" for key, why in _misfits(cfg)]
     if problems:
         raise ConfigError("\n  ".join(["values that are not allowed:", *problems]))

@@ -7,7 +7,7 @@ from refbn_d2.checkpoint.convert import TORCHVISION_INPUT, Contents, convert_sta
 from refbn_d2.checkpoint.files import load_checkpoint, save_checkpoint
 from refbn_d2.checkpoint.inspection import config_lines
 from refbn_d2.config import CfgNode, ConfigError, get_cfg
-from refbn_d2.engines.torchvision.supported import get
+from refbn_d2.engines.torchvision.supported import value_of
 from refbn_d2.export.programs import export
 from refbn_d2.export.verify import verify
 from refbn_d2.utils.errors import CheckpointError
@@ -96,9 +96,9 @@ def _config(
     cfg = get_cfg()
     cfg.merge_from_file(str(config_file))
     for key, value in contents.resnet.config().items():
-        if get(cfg, key) != value:
+        if (configured := value_of(cfg, key)) != value:
             raise ConfigError(
-                f"{config_file}: {key} is {get(cfg, key)}, but {source} holds a {contents.resnet}, "
+                f"{config_file}: {key} is {configured}, but {source} holds a {contents.resnet}, "
                 f"with {value}: they are not of one model."
             )
     if to == "torchvision" and contents.resnet.depth >= 50 and cfg.MODEL.RESNETS.STRIDE_IN_1X1:

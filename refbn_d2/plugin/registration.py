@@ -51,7 +51,7 @@ try:
 except ImportError as error:
     raise ImportError(f"{_VERSION} lacks what RefBN needs: {error}. {_WAY_OUT}") from error
 
-NORMS: dict[str, type[nn.BatchNorm2d]] = {"RefBN": RefBatchNorm2d, **PEERS}  # by their names
+OUR_NORMS: dict[str, type[nn.BatchNorm2d]] = {"RefBN": RefBatchNorm2d, **PEERS}  # by their names
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def _check() -> None:
         arguments(batch_norm.get_norm) == ["norm", "out_channels"],
         "detectron2.layers.get_norm to be a function get_norm(norm, out_channels)",
     )
-    for norm in NORMS:
+    for norm in OUR_NORMS:
         expect(made(norm) is None, f"detectron2.layers.get_norm to have no {norm!r} of its own")
     expect(
         isinstance(made("BN"), nn.BatchNorm2d),
@@ -157,8 +157,8 @@ def _get_norm(norm, out_channels):
 
 def norm_layer(norm, out_channels: int) -> nn.Module | None:
     """Return the layer of a norm: `detectron2.layers.get_norm` while RefBN is registered."""
-    if isinstance(norm, str) and norm in NORMS:
-        return NORMS[norm](out_channels)
+    if isinstance(norm, str) and norm in OUR_NORMS:
+        return OUR_NORMS[norm](out_channels)
     return originals["get_norm"](norm, out_channels)
 
 
@@ -207,8 +207,8 @@ def _one_layer_a_level(init: Callable) -> Callable:
     @configurable
     @functools.wraps(init)
     def __init__(self, *, input_shape, norm="", **kwargs):
-        if isinstance(norm, str) and norm in NORMS:
-            layer = NORMS[norm]
+        if isinstance(norm, str) and norm in OUR_NORMS:
+            layer = OUR_NORMS[norm]
             levels = len(input_shape)
 
             def norm(channels: int) -> nn.Module:

@@ -7,6 +7,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
+from refbn_d2.utils.file_io import written_whole
+
 # Okabe and Ito's colors, which people with any color vision can distinguish, the first with the
 # most contrast; then the same ones darker. Further classes share colors: labels distinguish them.
 _BRIGHT = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
@@ -17,12 +19,6 @@ DPI = 100
 
 def save_figure(figure: Figure, path: str | os.PathLike, **options) -> None:
     """Write a PNG, whole or not at all. Missing folders are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        FigureCanvasAgg(figure)
-        figure.savefig(temporary, format="png", **options)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    FigureCanvasAgg(figure)
+    with written_whole(Path(path)) as file:
+        figure.savefig(file, format="png", **options)

@@ -7,7 +7,7 @@ import yaml
 
 from refbn_d2.config import ConfigError, get_cfg, refbn_options
 from refbn_d2.config.cfg_node import leaves
-from refbn_d2.config.pretrain import _ALLOWED, check_pretrain_config, get_pretrain_cfg
+from refbn_d2.config.pretrain import _RULES, check_pretrain_config, get_pretrain_cfg
 
 CONFIGS = Path(__file__).parents[2] / "configs/pretrain"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*_*.yaml"))
@@ -27,7 +27,7 @@ def config(*overrides):
 
 def test_the_defaults_pass():
     check_pretrain_config(get_pretrain_cfg())
-    assert set(_ALLOWED) <= dict(leaves(get_pretrain_cfg())).keys()
+    assert {key for rule in _RULES for key in rule.keys} <= dict(leaves(get_pretrain_cfg())).keys()
 
 
 def test_detectron2s_names_have_detectron2s_types():

@@ -9,9 +9,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from refbn_d2.data.shapes.dataset import make_classification, make_detection, scenes, write_png
+from refbn_d2.data.shapes.dataset import encode_png, make_classification, make_detection, scenes
 from refbn_d2.data.shapes.drawing import CLASSES, DOMAINS, Scene, polygons
 from refbn_d2.utils.errors import ConfigError
+from refbn_d2.utils.file_io import write_bytes
 
 _FONT = cv2.FONT_HERSHEY_PLAIN
 
@@ -32,11 +33,7 @@ def contact_sheet(folder: str | os.PathLike, path: str | os.PathLike, columns: i
         side = np.zeros((len(blank), 90, 3), np.uint8)
         cv2.putText(side, domain, (6, len(blank) // 2), _FONT, 1, (255, 255, 255), 1)
         rows[domain] = np.hstack([side, *row, *[blank] * (columns - len(row))])
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    write_png(partial, np.vstack(list(rows.values())))
-    os.replace(partial, path)
+    write_bytes(path, encode_png(np.vstack(list(rows.values()))))
 
 
 def _tile(scene: Scene) -> np.ndarray:

@@ -158,9 +158,9 @@ def _is_made(target: Path, info: dict) -> bool:
     return True
 
 
-def write_png(path: Path, image: np.ndarray) -> None:
-    """Write `image` (H, W, 3) uint8 BGR as PNG."""
-    path.write_bytes(cv2.imencode(".png", image, _PNG)[1].tobytes())
+def encode_png(image: np.ndarray) -> bytes:
+    """Return `image` (H, W, 3) uint8 BGR as the bytes of a PNG file."""
+    return cv2.imencode(".png", image, _PNG)[1].tobytes()
 
 
 def scenes(info: dict, split: str) -> Iterator[tuple[int, Scene]]:
@@ -183,7 +183,7 @@ def _write_detection(folder: Path, info: dict) -> None:
             name = f"{index + 1:06d}.png"
             image = {"id": index + 1, "file_name": name, "height": height, "width": width}
             images.append({**image, "domain": scene.domain})
-            write_png(folder / split / name, scene.image)
+            (folder / split / name).write_bytes(encode_png(scene.image))
             digest.update(scene.image.tobytes())
             for label, mask in zip(scene.labels, scene.masks, strict=True):
                 annotations.append(
@@ -219,7 +219,7 @@ def _write_classification(folder: Path, info: dict) -> None:
             (folder / split / name).mkdir(parents=True)
         for index, scene in scenes(info, split):
             name = f"{index:06d}_{scene.domain}.png"
-            write_png(folder / split / CLASSES[scene.labels[0]] / name, scene.image)
+            (folder / split / CLASSES[scene.labels[0]] / name).write_bytes(encode_png(scene.image))
 
 
 # kind -> folder, smallest side of an image, writer (folder, info), number of files not images

@@ -67,13 +67,14 @@ def check_supported(cfg) -> None:
         raise ConfigError(
             "the torchvision engine cannot run this config:\n  "
             + "\n  ".join(
-                f"{key} = {get(cfg, key)!r}; supported: {supported}" for key, supported in problems
+                f"{key} = {value_of(cfg, key)!r}; supported: {supported}"
+                for key, supported in problems
             )
             + f"\nChange that, or {OTHER_ENGINE}"
         )
 
 
-def get(cfg, key: str):
+def value_of(cfg, key: str):
     """Returns the value of a full key such as "MODEL.RESNETS.DEPTH"."""
     for part in key.split("."):
         cfg = cfg[part]
@@ -82,10 +83,10 @@ def get(cfg, key: str):
 
 def _unknown_choices(cfg) -> Iterator[tuple[str, str]]:
     for key, choices in CHOICES.items():
-        if get(cfg, key) not in choices:
+        if value_of(cfg, key) not in choices:
             yield key, " or ".join(map(repr, choices))
     for key in POSITIVE:
-        if not get(cfg, key) > 0:
+        if not value_of(cfg, key) > 0:
             yield key, "a number above 0"
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from refbn_d2.config import ConfigError, get_cfg
-from refbn_d2.engines.torchvision.supported import CHOICES, check_supported, get
+from refbn_d2.engines.torchvision.supported import CHOICES, check_supported, value_of
 
 FPN = [
     *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
@@ -49,8 +49,8 @@ def test_supported(overrides):
 def test_every_key_of_the_table_exists_and_its_default_passes():
     cfg = get_cfg()
     for key, choices in CHOICES.items():
-        assert get(cfg, key) in choices
-        assert all(type(choice) is type(get(cfg, key)) for choice in choices)
+        assert value_of(cfg, key) in choices
+        assert all(type(choice) is type(value_of(cfg, key)) for choice in choices)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,9 @@ class GeneralizedRCNN(nn.Module):
         return batch, sizes
 
     def _targets(self, samples: list[dict]) -> Targets:
-        needed = ["gt_boxes", "gt_classes", *["gt_masks"] * self.roi_heads.mask_on]
+        needed = ["gt_boxes", "gt_classes"]
+        if self.roi_heads.mask_on:
+            needed.append("gt_masks")
         for sample in samples:
             for key in needed:
                 if key not in sample:
