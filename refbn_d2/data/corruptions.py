@@ -110,10 +110,10 @@ def corrupt(
 
 
 def _check(image: np.ndarray) -> None:
-    shape = getattr(image, "shape", None)
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
         kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
         raise DataError(f"the picture to corrupt is {kind}; give a numpy array of uint8")
+    shape = image.shape
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3)):
         raise DataError(
             f"the picture to corrupt has shape {shape}; give (H, W, 3) RGB, or gray (H, W) or "
@@ -237,7 +237,8 @@ def _snow(x, rng, mean, deviation, size, threshold, line, share):
     angle = rng.uniform(45, 135)
     flakes = resize(mean + deviation * rng.standard_normal(coarse, np.float32), h, w)
     flakes = np.where(flakes < threshold, 0, np.clip(flakes, 0, 1)).astype(np.float32)
-    flakes = convolve(flakes[..., None], streak(*line, angle))
+    radius, fade = line
+    flakes = convolve(flakes[..., None], streak(radius, fade, angle))
     bleached = np.maximum(x, 1.5 * gray(x) + 0.5)
     return share * x + (1 - share) * bleached + flakes + flakes[::-1, ::-1]
 
@@ -263,8 +264,9 @@ def _frost(x, rng, share, ice):
 )
 def _fog(x, rng, thickness, decay):
     """(x + thickness * clouds) * max(x) / (max(x) + thickness)"""
+    h, w = x.shape[:2]
     brightest = x.max()
-    clouds = plasma(rng, *x.shape[:2], decay)
+    clouds = plasma(rng, h, w, decay)
     return (x + thickness * clouds) * brightest / (brightest + thickness)
 
 

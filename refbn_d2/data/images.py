@@ -20,9 +20,9 @@ def read_image(file_name: str, format: str, image_id: Hashable = None) -> np.nda
     """
     of_image = "" if image_id is None else f" (image id {image_id})"
     try:
-        with Image.open(file_name) as image:
-            image.load()
-            image = _upright(image)
+        with Image.open(file_name) as file:
+            file.load()
+            image = _upright(file)
             if image.mode.startswith(("I", "F")):
                 image = _to_8_bit(image)
             rgb = np.asarray(image.convert("RGB"))

@@ -17,8 +17,8 @@ def decode_mask(counts: str | bytes, h: int, w: int) -> np.ndarray:
     Raises:
         ValueError: the lengths do not add up to h w.
     """
-    codes = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8)
-    codes = codes.astype(np.int64) - 48
+    text = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8)
+    codes = text.astype(np.int64) - 48
     whole = len(codes) > 0 and codes.min() >= 0 and codes.max() < 64 and codes[-1] < 32
     if whole:
         ends = np.flatnonzero(codes < 32)

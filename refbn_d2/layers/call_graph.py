@@ -36,7 +36,7 @@ def trace_calls(model: nn.Module, norms: set[nn.Module]) -> Calls:
         ValueError: torch.fx cannot trace the model.
     """
 
-    def is_plain_conv(m: nn.Module) -> bool:
+    def is_plain_conv(m: nn.Module | None) -> bool:
         return isinstance(m, Conv) and type(m).forward in (
             nn.Conv2d.forward,
             nn.ConvTranspose2d.forward,

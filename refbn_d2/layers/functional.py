@@ -175,11 +175,11 @@ def ref_batch_norm(
     with torch.no_grad():
         batch_mean, batch_var = batch_moments(x)
         mean, var = mix_moments(batch_mean, batch_var, ref_mean, ref_var, w)
-        if running_mean is not None:
+        if running_mean is not None and running_var is not None:
             bessel = (1 - w) * batch_var / max(n - 1, 1)
             running_mean.mul_(1 - momentum).add_(momentum * mean)
             running_var.mul_(1 - momentum).add_(momentum * (var + bessel))
-    if weight is not None:  # a half-precision module still normalizes in float32
+    if weight is not None and bias is not None:  # half-precision modules normalize in float32 too
         weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
     return _Normalize.apply(
         x, weight, bias, mean, var, batch_mean, batch_var, w, gradient, eps, appended

@@ -53,9 +53,13 @@ class Matches(NamedTuple):
             DataError: `iou` is not one of the thresholds.
         """
         counts = np.ones(len(self.image_ids)) if counts is None else np.asarray(counts, float)
-        chosen = slice(None) if iou is None else np.isclose(self.thresholds, iou)
-        if iou is not None and not chosen.any():
-            raise DataError(f"IoU threshold {iou} is not among {self.thresholds.round(2).tolist()}")
+        chosen: slice | np.ndarray = slice(None)
+        if iou is not None:
+            equal = np.isclose(self.thresholds, iou)
+            if not equal.any():
+                known = self.thresholds.round(2).tolist()
+                raise DataError(f"IoU threshold {iou} is not among {known}")
+            chosen = equal
         precisions = [self._precision(c, counts, chosen) for c in self.classes]
         defined = [p for p in precisions if p is not None]
         return 100 * float(np.mean(defined)) if defined else float("nan")

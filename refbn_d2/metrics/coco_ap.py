@@ -75,7 +75,7 @@ def evaluate(
     if not results:
         logger.warning("There are no detections to evaluate on %s: AP is 0.", json_file)
 
-    metrics = {}
+    metrics: dict[str, dict[str, float]] = {}
     for iou_type in iou_types:
         with stdout_to_log():
             evaluator = COCOeval(truth, load_results(truth, results, iou_type), iou_type)
@@ -129,8 +129,8 @@ def check_results(
             f"{json_file} has no annotations (a test set?): give a file with ground truth."
         )
     images, categories = set(truth.getImgIds()), set(truth.getCatIds())
-    if unknown := set(image_ids) - images:
-        raise ValueError(f"{json_file} has no image {min(unknown)}: remove it from image_ids.")
+    if absent := set(image_ids) - images:
+        raise ValueError(f"{json_file} has no image {min(absent)}: remove it from image_ids.")
     if class_names is not None and len(class_names) != len(categories):
         raise ValueError(
             f"{len(class_names)} class names were given for the {len(categories)} categories of "

@@ -47,12 +47,12 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate
     Raises:
         DataError: there is no value, or one is not finite.
     """
-    values = _finite(values, "values")
-    mean = float(values.mean())
-    if len(values) == 1:
+    sample = _finite(values, "values")
+    mean, n = float(sample.mean()), len(sample)
+    if n == 1:
         return Estimate(mean, None, 1)
-    half = scipy.stats.sem(values) * scipy.stats.t.ppf((1 + confidence) / 2, len(values) - 1)
-    return Estimate(mean, (float(mean - half), float(mean + half)), len(values))
+    half = scipy.stats.sem(sample) * scipy.stats.t.ppf((1 + confidence) / 2, n - 1)
+    return Estimate(mean, (float(mean - half), float(mean + half)), n)
 
 
 def paired_difference(
@@ -116,14 +116,15 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     Raises:
         DataError: a p-value is not in 0-1.
     """
-    for p in p_values:
-        if p is not None and not 0 <= p <= 1:
+    tested = {i: p for i, p in enumerate(p_values) if p is not None}
+    for p in tested.values():
+        if not 0 <= p <= 1:
             raise DataError(f"p-value {p} is not in 0-1")
-    order = sorted((i for i, p in enumerate(p_values) if p is not None), key=lambda i: p_values[i])
+    order = sorted(tested, key=tested.__getitem__)
     corrected: list[float | None] = [None] * len(p_values)
     highest = 0.0
     for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - rank) * p_values[index]))
+        highest = max(highest, min(1.0, (len(order) - rank) * tested[index]))
         corrected[index] = highest
     return corrected
 
@@ -191,30 +192,30 @@ def steps_to(
     Raises:
         DataError: the curve's lengths differ, its steps do not increase, or the window is below 1.
     """
-    steps, values = np.asarray(steps, float), np.asarray(values, float)
-    if steps.ndim != 1 or steps.shape != values.shape:
-        raise DataError(f"the curve has steps {steps.shape}, but values {values.shape}")
-    if (np.diff(steps) <= 0).any():
-        index = int(np.argmax(np.diff(steps) <= 0))
+    x, y = np.asarray(steps, float), np.asarray(values, float)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise DataError(f"the curve has steps {x.shape}, but values {y.shape}")
+    if (np.diff(x) <= 0).any():
+        index = int(np.argmax(np.diff(x) <= 0))
         raise DataError(
-            f"the curve's steps do not increase: {steps[index + 1]:g} follows {steps[index]:g} "
+            f"the curve's steps do not increase: {x[index + 1]:g} follows {x[index]:g} "
             "(two runs in one file?)"
         )
     if window < 1:
         raise DataError(f"the window is {window}; give 1 or more points")
-    if len(values) < window:
+    if len(y) < window:
         return None
-    means = np.lib.stride_tricks.sliding_window_view(values, window).mean(axis=1)
+    means = np.lib.stride_tricks.sliding_window_view(y, window).mean(axis=1)
     reached = np.isfinite(means) & ((means <= target) if below else (means >= target))
-    return float(steps[window - 1 + np.argmax(reached)]) if reached.any() else None
+    return float(x[window - 1 + np.argmax(reached)]) if reached.any() else None
 
 
 def _finite(values: Sequence[float], what: str) -> np.ndarray:
-    values = np.asarray(values, float)
-    if values.ndim != 1 or not len(values):
-        raise DataError(f"the {what} are {values.tolist()}; give one or more numbers")
-    if not all(map(math.isfinite, values)):
+    array = np.asarray(values, float)
+    if array.ndim != 1 or not len(array):
+        raise DataError(f"the {what} are {array.tolist()}; give one or more numbers")
+    if not all(map(math.isfinite, array)):
         raise DataError(
-            f"the {what} are {values.tolist()}; leave out runs without a finite result (diverged)"
+            f"the {what} are {array.tolist()}; leave out runs without a finite result (diverged)"
         )
-    return values
+    return array

@@ -7,6 +7,7 @@ import numpy as np
 
 from refbn_d2.metrics.bootstrap import Matches, paired_bootstrap
 from refbn_d2.metrics.statistics import holm
+from refbn_d2.study.data import DetectionSets
 from refbn_d2.study.evaluation import clean_matches
 from refbn_d2.study.plan import Job, Plan
 from refbn_d2.study.runner import Record
@@ -22,7 +23,8 @@ def bootstrap(plan: Plan, n_resamples: int = RESAMPLES) -> list[dict]:
         A dict a comparison: norm, condition, metric, difference, interval, p_value, p_holm
         (corrected for all of them), n_images, seeds.
     """
-    study = plan.study
+    study, sets = plan.study, plan.sets
+    assert isinstance(sets, DetectionSets)
     done = {
         (job.norm, job.condition, job.seed): job
         for job in plan.runs
@@ -31,7 +33,7 @@ def bootstrap(plan: Plan, n_resamples: int = RESAMPLES) -> list[dict]:
     tasks = list(dict.fromkeys(metric.partition("/")[0] for metric in study.evaluate.metrics))
     found: list[dict] = []
     for task in tasks:
-        ap = {key: _resampled(plan, job, task) for key, job in done.items()}
+        ap = {key: _resampled(sets, job, task) for key, job in done.items()}
         for condition in study.conditions.values():
             for norm in condition.norms:
                 seeds = [
@@ -47,7 +49,7 @@ def bootstrap(plan: Plan, n_resamples: int = RESAMPLES) -> list[dict]:
                     for name in (norm, study.baseline)
                 )
                 try:
-                    result = paired_bootstrap(own, base, _pictures(plan), n_resamples)
+                    result = paired_bootstrap(own, base, len(sets.domains()), n_resamples)
                 except DataError:  # no objects
                     continue
                 found.append(
@@ -58,19 +60,15 @@ def bootstrap(plan: Plan, n_resamples: int = RESAMPLES) -> list[dict]:
     return [one | {"p_holm": p} for one, p in zip(found, corrected, strict=True)]
 
 
-def _pictures(plan: Plan) -> int:
-    return len(plan.sets.domains())
-
-
-def _resampled(plan: Plan, job: Job, task: str) -> Callable[[np.ndarray], float]:
+def _resampled(sets: DetectionSets, job: Job, task: str) -> Callable[[np.ndarray], float]:
     """counts -> AP, kept: all comparisons draw the same resamples."""
     known: dict[bytes, float] = {}
     matches: list[Matches] = []  # read when first asked for
 
     def ap(counts: np.ndarray) -> float:
-        key = hashlib.sha256(np.ascontiguousarray(counts, float)).digest()
+        key = hashlib.sha256(np.asarray(counts, float).tobytes()).digest()
         if key not in known:
-            matches[:] = matches or [clean_matches(plan.sets, job, task)]
+            matches[:] = matches or [clean_matches(sets, job, task)]
             known[key] = matches[0].ap(counts)
         return known[key]
 

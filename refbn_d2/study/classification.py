@@ -29,7 +29,8 @@ def evaluate(args: argparse.Namespace) -> None:
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
     cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
-    output_dir, found = Path(cfg.OUTPUT_DIR), {}
+    output_dir = Path(cfg.OUTPUT_DIR)
+    found: dict[str, dict] = {}
     output_dir.mkdir(parents=True, exist_ok=True)
     for label, folder in json.loads(args.sets).items():
         images = ImageSet(Path(folder))

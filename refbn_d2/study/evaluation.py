@@ -20,7 +20,7 @@ import numpy as np
 
 from refbn_d2.metrics.bootstrap import Matches, match_images
 from refbn_d2.metrics.statistics import mean_performance_under_corruption, steps_to
-from refbn_d2.study.data import DetectionSets, Sets
+from refbn_d2.study.data import ClassificationSets, DetectionSets
 from refbn_d2.study.plan import Job
 from refbn_d2.study.spec import Evaluate, Study
 from refbn_d2.utils.errors import DataError
@@ -34,7 +34,9 @@ class Measured(NamedTuple):
     status: str = "done"
 
 
-def evaluate_run(study: Study, sets: Sets, job: Job) -> dict[str, Measured]:
+def evaluate_run(
+    study: Study, sets: DetectionSets | ClassificationSets, job: Job
+) -> dict[str, Measured]:
     """metric -> value of a run that is done.
 
     Raises:
@@ -141,7 +143,9 @@ def _corrupted(sets: DetectionSets, job: Job, task: str, clean: Matches) -> dict
 # ---- classification
 
 
-def _classification(evaluate: Evaluate, sets: Sets, job: Job, curves: dict) -> dict[str, Measured]:
+def _classification(
+    evaluate: Evaluate, sets: ClassificationSets, job: Job, curves: dict
+) -> dict[str, Measured]:
     images = len(sets.test_images())
     values = {"error": 100 - curves["val/top1"][1][-1], "loss": curves["val/loss"][1][-1]}
     measured = {name: Measured(float(values[name]), images) for name in evaluate.metrics}

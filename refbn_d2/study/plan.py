@@ -17,7 +17,7 @@ from typing import Any
 from refbn_d2.config import get_cfg, refbn_options
 from refbn_d2.config.cfg_node import leaves
 from refbn_d2.config.pretrain import check_pretrain_config, get_pretrain_cfg
-from refbn_d2.study.data import DetectionSets, Sets, sets_of
+from refbn_d2.study.data import DetectionSets, sets_of
 from refbn_d2.study.fingerprint import code_hash
 from refbn_d2.study.spec import Condition, Norm, Overrides, Study, closest
 from refbn_d2.utils.errors import ConfigError
@@ -129,7 +129,7 @@ class Plan:
     def __init__(self, study: Study, folder: Path, engine: str) -> None:
         self.study, self.folder, self.engine = study, Path(folder), engine
         self.cfg = self._resolved(study.overrides, "")
-        self.sets: Sets = sets_of(study, self.cfg, self.folder)
+        self.sets = sets_of(study, self.cfg, self.folder)
         self.digests = self.sets.digests()
         self.runs = [self._run(*run) for run in runs_of(study)]
         pretrainings = {job.id: job for job in map(self._pretraining, study.norms.values()) if job}
@@ -214,8 +214,8 @@ class Plan:
             return []
         more = ["MODEL.WEIGHTS", final, "OUTPUT_DIR", str(folder / "others")]
         sets = ("--sets", json.dumps(self.sets.evaluation()))
-        arguments = (*config, *sets, *words([*opts, *more]))
-        return [Stage("evaluate", "refbn_d2.study.classification", arguments)]
+        arguments = words([*opts, *more])
+        return [Stage("evaluate", "refbn_d2.study.classification", (*config, *sets, *arguments))]
 
     def _pretraining(self, norm: Norm) -> Job | None:
         section = self.study.pretrain

@@ -171,7 +171,7 @@ def about_of(csv: Path, rows: Sequence[Row]) -> About:
     if len(studies) != 1:
         raise DataError(f"{csv} has rows of {len(studies)} studies {studies}; it needs exactly one")
     file = csv.with_suffix(".yaml")
-    content = {"study": studies[0], "title": studies[0], "baseline": rows[0].norm}
+    content: dict[str, Any] = {"study": studies[0], "title": studies[0], "baseline": rows[0].norm}
     if file.exists():
         content |= yaml.safe_load(file.read_text())
     try:

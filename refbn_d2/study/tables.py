@@ -59,7 +59,7 @@ class Table:
             if where == condition and cell.estimate
         }
         choose = min if self.lower_is_better else max
-        return choose(means, key=means.get) if means else None
+        return choose(means, key=means.__getitem__) if means else None
 
 
 def table_of(rows: Sequence[Row], metric: str, baseline: str) -> Table:
@@ -72,6 +72,7 @@ def table_of(rows: Sequence[Row], metric: str, baseline: str) -> Table:
     others: dict[tuple[str, str], dict[str, int]] = {}
     for row in rows:
         key = (row.norm, row.condition)
+        assert row.seed is not None  # by `of_runs`
         if row.status == "done":
             values.setdefault(key, {})[row.seed] = row.value
         else:
@@ -86,8 +87,8 @@ def table_of(rows: Sequence[Row], metric: str, baseline: str) -> Table:
             mean_interval([own[seed] for seed in sorted(own)]) if own else None,
             paired_difference(own, base) if paired else None,
         )  # fmt: skip
-    compared = [key for key, cell in cells.items() if cell.difference]
-    corrected = holm([cells[key].difference.p_value for key in compared])
+    compared = {key: cell.difference for key, cell in cells.items() if cell.difference}
+    corrected = holm([difference.p_value for difference in compared.values()])
     for key, p in zip(compared, corrected, strict=True):
         cells[key] = Cell(**vars(cells[key]) | {"p_holm": p})
     return Table(
@@ -142,7 +143,7 @@ def shown_difference(cell: Cell | None, metric: str = "") -> str:
     text = f"{mean:+.2f}"
     if interval:
         text += f" [{interval[0]:.2f}, {interval[1]:.2f}]"
-    if p is not None:
+    if p is not None and cell.p_holm is not None:
         text += f", p {p_value(p)}, Holm {p_value(cell.p_holm)}"
     return f"{text} (n {n})"
 

@@ -16,6 +16,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from refbn_d2.study.data import DetectionSets
 from refbn_d2.study.evaluation import read_curves
 from refbn_d2.study.plan import Job, Plan, Stage, digest, words
 from refbn_d2.utils.file_io import write_text
@@ -35,7 +36,7 @@ def measure_timing(plan: Plan, gpus: list[str]) -> dict[str, dict[str, dict[str,
         jobs = {job.norm: job for job in reversed(plan.runs) if job.condition == condition}
         jobs = {norm: jobs[norm] for norm in plan.study.conditions[condition].norms}
         path = plan.folder / "timing" / f"{digest({'c': condition})}.json"
-        recipe = {norm: digest(job.recipe) for norm, job in jobs.items()}
+        recipe: dict[str, str | int] = {norm: digest(job.recipe) for norm, job in jobs.items()}
         recipe |= {"rounds": timing.rounds, "steps": timing.steps}
         before = json.loads(path.read_text()) if path.exists() else {}
         if before.get("recipe") != recipe:
@@ -99,7 +100,7 @@ def _one(plan: Plan, job: Job, gpus: list[str]) -> tuple[float, float]:
 def _short(plan: Plan, job: Job, folder: Path) -> Stage:
     """The run's training, cut short, without evaluation."""
     steps, stage = plan.study.timing.steps, job.stages[0]
-    if plan.study.task == "detection":
+    if isinstance(plan.sets, DetectionSets):
         more = ["SOLVER.MAX_ITER", steps, "DATASETS.TEST", (), "TEST.EVAL_PERIOD", 0]
     else:
         more = plan.sets.short(steps, job.recipe["SOLVER.IMS_PER_BATCH"])

@@ -160,8 +160,8 @@ class TrainingLoop(ABC):
         one. So several workers stop only where they report, which is where they communicate.
         """
         if report:
-            *means, stop = distributed.mean_over_workers([*measured.values(), stop], self.device)
-            return dict(zip(measured, means, strict=True)), stop > 0
+            *means, stops = distributed.mean_over_workers([*measured.values(), stop], self.device)
+            return dict(zip(measured, means, strict=True)), stops > 0
         return measured, stop > 0 and distributed.world_size() == 1
 
     def _interrupt(self, iteration: int, stop: int) -> None:
@@ -175,7 +175,7 @@ class TrainingLoop(ABC):
     def _evaluate(self, iteration: int, writer: EventWriter | SilentWriter) -> dict:
         results = self.evaluate()
         self.model.train()
-        if distributed.rank() == 0:
+        if isinstance(writer, EventWriter):  # on worker 0
             self.show(writer, iteration, results)
         return results
 

@@ -7,62 +7,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 from refbn_d2.config import RefBNOptions, refbn_options
 from refbn_d2.layers import RefBatchNorm2d, refbn_layers
+from tests.plugin.hook_helpers import CHANGES, equal, hook_of, references, trainer_of
 
 pytest.importorskip("detectron2.engine", reason="Detectron2 is not installed")
 pytestmark = pytest.mark.detectron2
-
-
-def references(model):
-    return {name: value.clone() for name, value in model.state_dict().items() if "ref_" in name}
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def trainer_of(cfg):
-    """A DefaultTrainer without evaluation, which keeps the references after each step."""
-    from detectron2.engine import DefaultTrainer, HookBase
-
-    class Trainer(DefaultTrainer):
-        def build_hooks(self):
-            return [hook for hook in super().build_hooks() if "Eval" not in type(hook).__name__]
-
-    class Keep(HookBase):
-        def __init__(self):
-            self.seen = []
-
-        def before_train(self):
-            self.trainer.captured = [references(self.trainer.model)]
-
-        def after_step(self):
-            self.seen.append(references(self.trainer.model))
-
-    torch.manual_seed(3)
-    trainer = Trainer(cfg)
-    trainer.keep = Keep()
-    trainer.register_hooks([trainer.keep])
-    return trainer
-
-
-def hook_of(trainer):
-    from refbn_d2.plugin.hook import ReferenceBatchHook
-
-    [hook] = [hook for hook in trainer._hooks if isinstance(hook, ReferenceBatchHook)]
-    return hook
-
-
-CHANGES = {  # steps of 4, REFRESH_PERIOD 3, in which the reference changes
-    "static": [False, False, False, False],
-    "full": [False, False, False, True],  # at 0 it is that of the capture
-    "slice": [True, False, False, True],
-    "concat": [True, False, False, True],
-}
 
 
 @pytest.mark.parametrize("refresh", CHANGES)
@@ -346,77 +298,3 @@ def test_a_head_without_rois_takes_its_first_batch_that_is_not_empty(detectron2_
     assert "did not reach roi_heads.mask_head.mask_fcn1.norm" in caplog.text
     layer = trainer.model.roi_heads.mask_head.mask_fcn1.norm
     assert layer.ref_count > 0 and layer.ref_mean.any()
-
-
-def test_test_time_augmentation(detectron2_cfg):
-    """GeneralizedRCNNWithTTA finds with RefBN what it finds with BN of the same weights."""
-    from detectron2.data import DatasetCatalog, DatasetMapper
-    from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
-
-    from refbn_d2.layers import convert_from_refbn
-
-    detectron2_cfg.TEST.AUG.MIN_SIZES = (64, 80)
-    detectron2_cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
-    torch.manual_seed(1)
-    model = build_model(detectron2_cfg).eval()
-    for _, layer in refbn_layers(model):
-        layer.running_mean.normal_(0, 0.1)
-        layer.running_var.uniform_(0.5, 1.5)
-    sample = DatasetMapper(detectron2_cfg, is_train=False)(DatasetCatalog.get("tiny_val")[0])
-    bn = convert_from_refbn(copy.deepcopy(model))
-    with torch.no_grad():
-        found, expected = (
-            GeneralizedRCNNWithTTA(detectron2_cfg, m)([copy.deepcopy(sample)])[0]["instances"]
-            for m in (model, bn)
-        )
-    assert len(found) == len(expected) > 3
-    torch.testing.assert_close(found.scores, expected.scores)
-    torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor)
-
-
-# ---- several workers
-
-
-def _worker(rank, port, text, path):
-    import functools
-
-    import torch.distributed as dist
-    from detectron2.config import CfgNode, get_cfg
-    from detectron2.engine import defaults
-    from detectron2.utils import comm
-
-    import refbn_d2  # noqa: F401
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    comm.create_local_process_group(2)
-    defaults.create_ddp_model = functools.partial(defaults.create_ddp_model, device_ids=None)
-    cfg = get_cfg()
-    cfg.merge_from_other_cfg(CfgNode.load_cfg(text))
-    trainer = trainer_of(cfg)
-    images = []
-    forward = trainer.model.module.forward
-    trainer.model.module.forward = lambda x: (
-        images.append([d["image_id"] for d in x]),
-        forward(x),
-    )[1]
-    trainer.train()
-    parameters = {name: p.detach() for name, p in trainer.model.named_parameters()}
-    torch.save(
-        {"seen": trainer.keep.seen, "images": images, "parameters": parameters}, f"{path}/{rank}"
-    )
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("refresh", CHANGES)
-def test_references_are_the_same_on_every_worker(detectron2_cfg, refresh, free_port, tmp_path):
-    detectron2_cfg.merge_from_list(["MODEL.REFBN.REFRESH", refresh, "SOLVER.MAX_ITER", 4])
-    mp.spawn(_worker, (free_port, detectron2_cfg.dump(), str(tmp_path)), nprocs=2)
-    a, b = (torch.load(tmp_path / str(rank)) for rank in range(2))
-    for ours, theirs in zip(a["seen"], b["seen"], strict=True):
-        assert equal(ours, theirs)
-    assert equal(a["parameters"], b["parameters"])
-    changed = [not equal(x, y) for x, y in pairwise(a["seen"])]
-    assert changed == CHANGES[refresh][1:]
-    trained = [[i for i in run["images"] if len(i) == 1] for run in (a, b)]
-    assert trained[0] != trained[1]  # they did not see the same batches

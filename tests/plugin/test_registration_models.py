@@ -1,5 +1,6 @@
 """RefBN in Detectron2's models: wherever BN may stand, and treated as BN."""
 
+import copy
 import sys
 import types
 from functools import partial
@@ -251,3 +252,29 @@ def test_retinanets_shared_head_has_a_layer_for_each_level():
     conv = by_hand.cls_subnet[0]
     torch.testing.assert_close(low.running_mean, conv(features[0]).mean((0, 2, 3)))
     torch.testing.assert_close(high.running_mean, conv(features[2]).mean((0, 2, 3)))
+
+
+def test_test_time_augmentation(detectron2_cfg):
+    """GeneralizedRCNNWithTTA finds with RefBN what it finds with BN of the same weights."""
+    from detectron2.data import DatasetCatalog, DatasetMapper
+    from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
+
+    from refbn_d2.layers import convert_from_refbn
+
+    detectron2_cfg.TEST.AUG.MIN_SIZES = (64, 80)
+    detectron2_cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    torch.manual_seed(1)
+    model = build_model(detectron2_cfg).eval()
+    for _, layer in refbn_layers(model):
+        layer.running_mean.normal_(0, 0.1)
+        layer.running_var.uniform_(0.5, 1.5)
+    sample = DatasetMapper(detectron2_cfg, is_train=False)(DatasetCatalog.get("tiny_val")[0])
+    bn = convert_from_refbn(copy.deepcopy(model))
+    with torch.no_grad():
+        found, expected = (
+            GeneralizedRCNNWithTTA(detectron2_cfg, m)([copy.deepcopy(sample)])[0]["instances"]
+            for m in (model, bn)
+        )
+    assert len(found) == len(expected) > 3
+    torch.testing.assert_close(found.scores, expected.scores)
+    torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor)

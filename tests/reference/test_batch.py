@@ -1,86 +1,15 @@
 """Oracles: a straight run without refresh, moments of the layers' inputs taken by hooks."""
 
 import copy
-import os
-import random
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
-from refbn_d2.config import RefBNOptions
 from refbn_d2.layers import Moments, Recording, RefBatchNorm2d, refbn_layers
 from refbn_d2.reference.batch import ReferenceBatch
-from refbn_d2.reference.selection import draw_images, find_images, identity_of
-
-OPTIONS = RefBNOptions(
-    refresh="static", refresh_period=2, slice_size=2, slice_momentum=0.25, num_images=6
-)
-
-
-class Detector(nn.Module):
-    """A backbone that returns a dict, and a head with its own norm, called twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = nn.Sequential(
-            nn.Conv2d(3, 4, 3, padding=1), RefBatchNorm2d(4), nn.ReLU(), nn.Dropout(0.1), ToDict()
-        )
-        self.head = nn.Sequential(nn.Conv2d(4, 5, 1), RefBatchNorm2d(5))
-        self.other = nn.BatchNorm2d(4)
-
-    def forward(self, images):
-        features = self.backbone(torch.stack(images))["p2"]
-        assert len(features) == len(images)
-        features = self.other(features)
-        picked = features[torch.randperm(len(features))]
-        return (self.head(picked[:, :, ::2]) ** 2).mean() + self.head(features).abs().mean()
-
-
-class ToDict(nn.Module):
-    def forward(self, x):
-        return {"p2": x}
-
-
-def images(seed, n):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(3, 8, 8, generator=generator) * (1 + i) + i for i in range(n)]
-
-
-def stack(samples, batch):
-    return torch.stack(samples)
-
-
-def make(refresh, options=OPTIONS, model=None, **changes):
-    torch.manual_seed(0)
-    model = model or Detector()
-    options = replace(options, refresh=refresh, **changes)
-    samples = images(7, options.num_images)
-    identity = {"dataset": "d", "seed": 0, "images": []}
-    reference = ReferenceBatch(
-        model, samples, options, forward=model, identity=identity, concat_to=model.backbone,
-        rows=stack,
-    )  # fmt: skip
-    return model, reference
-
-
-def train(model, reference, steps, start=0, seen=None):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    for iteration in range(start, steps):
-        torch.manual_seed(iteration)
-        reference.before_step(iteration)
-        loss = model(images(100 + iteration, 3))
-        optimizer.zero_grad()
-        loss.backward()
-        reference.after_step()
-        optimizer.step()
-        if seen is not None:
-            seen.append({n: m.ref_mean.clone() for n, m in refbn_layers(model)})
-    return model
+from tests.reference.helpers import OPTIONS, Detector, images, make, stack, train
 
 
 def test_capture_keeps_the_moments_of_the_layers_own_inputs():
@@ -97,28 +26,6 @@ def test_capture_keeps_the_moments_of_the_layers_own_inputs():
         torch.testing.assert_close(layer.ref_var, x.var(1, correction=0), rtol=1e-4, atol=1e-5)
         assert layer.ref_count == x.shape[1]
     assert [len(x) for x in inputs.values()] == [1, 2]
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_capture_touches_nothing_but_the_reference(training):
-    model, reference = make("static")
-    model.train(training)
-    model.backbone[1].eval()  # frozen by its owner
-    model(images(1, 3)).backward()
-    state = copy.deepcopy(model.state_dict())
-    gradients = [p.grad.clone() for p in model.parameters()]
-    flags = [m.training for m in model.modules()]
-    random_states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    reference.capture()
-    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, state[k])}
-    frozen = {"backbone.1.ref_mean", "backbone.1.ref_var", "backbone.1.ref_count"}
-    captured = {"head.1.ref_mean", "head.1.ref_var", "head.1.ref_count"}
-    assert changed == (captured if training else captured | frozen)
-    assert all(torch.equal(a, p.grad) for a, p in zip(gradients, model.parameters(), strict=True))
-    assert [m.training for m in model.modules()] == flags
-    assert torch.equal(torch.get_rng_state(), random_states[0])
-    assert random.getstate() == random_states[1]
-    assert np.random.get_state()[1].tolist() == random_states[2]
 
 
 def test_static_never_changes_again():
@@ -299,190 +206,6 @@ def test_begin_with_a_checkpoint_that_has_no_reference():
         reference.begin()
 
 
-# -- distributed -----------------------------------------------------------------------------------
-
-
-def _worker(rank, port, refresh, path):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model, reference = make(refresh, num_images=6, slice_size=4)
-    reference.capture()
-    collectives, all_reduce = [], dist.all_reduce
-    for name in ("all_reduce", "broadcast", "all_gather"):
-        wrapped = getattr(dist, name)
-        setattr(dist, name, lambda *a, f=wrapped, **k: (collectives.append(1), f(*a, **k))[1])
-    counts, rows = [], []
-    model.backbone[0].register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
-    for iteration in range(4):
-        torch.manual_seed(iteration)
-        del collectives[:]
-        reference.before_step(iteration)
-        model(images(10 * iteration + rank, 3)).backward()  # each worker has its own batch
-        reference.after_step()
-        counts.append(len(collectives))
-    dist.all_reduce = all_reduce
-    state = {k: v for k, v in model.state_dict().items() if "ref_" in k}
-    torch.save({"counts": counts, "state": state, "rows": rows}, f"{path}/{rank}.pth")
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize(
-    "refresh, counts, rows",
-    [
-        ("static", [0, 0, 0, 0], [3, 3, 3, 3]),
-        ("full", [0, 0, 1, 0], [3, 3, 6, 3, 3]),
-        ("slice", [1, 0, 1, 0], [2, 3, 3, 2, 3, 3]),
-        (
-            "concat",
-            [1, 0, 1, 0],
-            [2, 5, 3, 2, 5, 3],
-        ),  # the head's slice, and the batch with the slice
-    ],
-)
-def test_workers_agree_with_one_collective_per_refresh(tmp_path, free_port, refresh, counts, rows):
-    mp.spawn(_worker, args=(free_port, refresh, str(tmp_path)), nprocs=2)
-    a, b = (torch.load(tmp_path / f"{rank}.pth") for rank in range(2))
-    assert a["counts"] == b["counts"] == counts
-    assert a["rows"] == b["rows"] == rows
-    for name, value in a["state"].items():
-        assert torch.equal(value, b["state"][name]), name
-
-
-class HeadOfSome(Detector):
-    """A head that gets only the samples that are not all zero."""
-
-    def forward(self, images):
-        features = self.backbone(torch.stack(images))["p2"]
-        return self.head(features[torch.stack([i.abs().sum() > 0 for i in images])]).sum()
-
-
-def _worker_with_an_empty_head(rank, port, path):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = HeadOfSome()
-    nothing = [torch.zeros(3, 8, 8)] * 6
-    identity = {"dataset": "d", "seed": 0, "images": []}
-    reference = ReferenceBatch(model, nothing, OPTIONS, forward=model, identity=identity)
-    reference.begin()
-    inputs, references = [], []
-    layer = model.head[1]
-    layer.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
-    # Workers with RoIs: none, only worker 1, both, both
-    for iteration, batch in enumerate(
-        [nothing, images(9, 3) if rank else nothing, *[images(5, 2)] * 2]
-    ):
-        reference.before_step(iteration)
-        model(batch).backward()
-        reference.after_step()
-        references.append((layer.ref_mean.clone(), layer.ref_var.clone(), int(layer.ref_count)))
-    torch.save({"inputs": inputs, "references": references}, f"{path}/{rank}.pth")
-    dist.destroy_process_group()
-
-
-def test_an_unreached_layer_takes_the_first_batch_that_is_not_empty_on_all_workers(
-    tmp_path, free_port
-):
-    mp.spawn(_worker_with_an_empty_head, args=(free_port, str(tmp_path)), nprocs=2)
-    a, b = (torch.load(tmp_path / f"{rank}.pth") for rank in range(2))
-    assert [count for *_, count in a["references"]] == [0, 192, 192, 192]  # 3 images of 8 x 8
-    for ours, theirs in zip(a["references"], b["references"], strict=True):
-        assert all(
-            torch.equal(torch.as_tensor(x), torch.as_tensor(y))
-            for x, y in zip(ours, theirs, strict=True)
-        )
-    torch.testing.assert_close(a["references"][3][0], b["inputs"][1].mean((0, 2, 3)))
-
-
-def _worker_with_other_images(rank, port, what, path):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    identity = {
-        "dataset": "mine",
-        "seed": 0,
-        "images": [{"file_name": "a.jpg", "fingerprint": "1"}],
-    }
-    if rank == 1 and what == "dataset":
-        identity["dataset"] = "other"
-    elif rank == 1:
-        identity["images"] = [{"file_name": "a.jpg", "fingerprint": "2"}]
-    model = Detector()
-    try:
-        ReferenceBatch(model, images(7, 6), OPTIONS, forward=model, identity=identity)
-    except ValueError as error:
-        open(f"{path}/{rank}", "w").write(str(error))
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("what, named", [("dataset", "other against mine"), ("image", "'2'")])
-def test_workers_with_different_references_stop(tmp_path, free_port, what, named):
-    mp.spawn(_worker_with_other_images, args=(free_port, what, str(tmp_path)), nprocs=2)
-    for rank in range(2):
-        message = (tmp_path / str(rank)).read_text()
-        assert "Worker 1 has another reference batch than worker 0" in message and named in message
-
-
-# -- choice and identity ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def dataset_dicts(tmp_path):
-    dicts = []
-    for i in range(10):
-        file = tmp_path / f"{i}.png"
-        file.write_bytes(bytes([i]) * 10)
-        dicts.append(
-            {"image_id": i, "file_name": str(file), "annotations": [{"bbox": [0, 0, i, 1]}]}
-        )
-    return dicts
-
-
-def test_choice_is_seeded_and_without_repetition(dataset_dicts):
-    chosen = draw_images(dataset_dicts, 6, seed=1)
-    assert chosen == draw_images(dataset_dicts, 6, seed=1) != draw_images(dataset_dicts, 6, seed=2)
-    assert len(set(chosen)) == 6
-    assert sorted(draw_images(dataset_dicts, 10, seed=1)) == list(range(10))
-
-
-def test_choice_keeps_to_the_largest_group(dataset_dicts):
-    group = lambda d: d["image_id"] >= 4  # noqa: E731
-    assert min(draw_images(dataset_dicts, 6, 0, group)) == 4
-    assert len([i for i in draw_images(dataset_dicts, 8, 0, group) if i >= 4]) == 6
-
-
-def test_reference_larger_than_the_dataset(dataset_dicts):
-    with pytest.raises(ValueError, match="MODEL.REFBN.NUM_IMAGES is 11, .* has 10 usable images"):
-        draw_images(dataset_dicts, 11, seed=0)
-
-
-def test_the_same_images_are_found_again_in_another_order(dataset_dicts):
-    chosen = draw_images(dataset_dicts, 6, seed=1)
-    identity = identity_of("shapes_train", [dataset_dicts[i] for i in chosen], seed=1)
-    shuffled = dataset_dicts[::-1]
-    found = find_images(identity, shuffled)
-    assert [shuffled[i] for i in found] == [dataset_dicts[i] for i in chosen]
-
-
-def test_joined_datasets_may_share_ids_and_names(dataset_dicts, tmp_path):
-    (tmp_path / "other").mkdir()
-    twin = {**dataset_dicts[3], "file_name": str(tmp_path / "other/3.png")}
-    (tmp_path / "other/3.png").write_bytes(b"another picture")
-    identity = identity_of("a + b", [dataset_dicts[3], twin], seed=0)
-    both = [*dataset_dicts, twin]
-    assert find_images(identity, both) == [3, 10]
-
-
-def test_images_that_are_no_files_of_their_own(dataset_dicts):
-    """Images in a tar file, for example, have a "read" function in their dicts."""
-    contents = {i: b"%d" % i for i in range(4)}
-    packed = [
-        {"image_id": i, "file_name": f"a/{i}.png", "label": 7, "read": lambda i=i: contents[i]}
-        for i in range(4)
-    ]
-    identity = identity_of("tar", [packed[3], packed[1]], seed=0)
-    assert find_images(identity, packed) == [3, 1]
-    contents[1] = b"other"
-    with pytest.raises(ValueError, match=r"image 1 \(1.png\) of tar has changed"):
-        find_images(identity, packed)
-
-
 def test_nothing_is_appended_to_a_backbone_without_refbn():
     model, _ = make("concat")
     model.backbone[1] = nn.BatchNorm2d(4)
@@ -505,20 +228,3 @@ def test_a_step_that_failed_leaves_nothing(tmp_path):
     model.backbone[0].register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
     model.train()(images(1, 3))
     assert rows == [3] and model.backbone[1].recording is Recording.OFF
-
-
-@pytest.mark.parametrize("harm", ["file gone", "dict gone", "pixels", "annotation"])
-def test_a_gone_or_changed_image_is_named(dataset_dicts, harm):
-    identity = identity_of("shapes_train", dataset_dicts[:6], seed=0)
-    victim = dataset_dicts[3]
-    if harm == "file gone":
-        os.remove(victim["file_name"])
-    elif harm == "dict gone":
-        dataset_dicts.remove(victim)
-    elif harm == "pixels":
-        open(victim["file_name"], "ab").write(b"x")
-    else:
-        victim["annotations"][0]["bbox"][2] += 1
-    problem = "is gone" if "gone" in harm else "has changed"
-    with pytest.raises(ValueError, match=rf"image 3 \(3.png\) of shapes_train {problem}"):
-        find_images(identity, dataset_dicts)

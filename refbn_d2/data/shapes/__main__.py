@@ -25,20 +25,21 @@ def contact_sheet(folder: str | os.PathLike, path: str | os.PathLike, columns: i
     """
     info = json.loads(Path(folder, "info.json").read_text())
     blank = np.zeros((2 * info["size"][0] + 2, 2 * info["size"][1] + 2, 3), np.uint8)
-    rows = {domain: [] for domain in DOMAINS}
+    rows: dict[str, list[np.ndarray]] = {domain: [] for domain in DOMAINS}
     for _, scene in scenes(info, "val"):
         if len(rows[scene.domain]) < columns:
             rows[scene.domain].append(_tile(scene))
+    strips = []
     for domain, row in rows.items():
         side = np.zeros((len(blank), 90, 3), np.uint8)
         cv2.putText(side, domain, (6, len(blank) // 2), _FONT, 1, (255, 255, 255), 1)
-        rows[domain] = np.hstack([side, *row, *[blank] * (columns - len(row))])
-    write_bytes(path, encode_png(np.vstack(list(rows.values()))))
+        strips.append(np.hstack([side, *row, *[blank] * (columns - len(row))]))
+    write_bytes(path, encode_png(np.vstack(strips)))
 
 
 def _tile(scene: Scene) -> np.ndarray:
     """Return a scene, enlarged twice, with its polygons and the names of its classes."""
-    tile = cv2.resize(scene.image, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
+    tile: np.ndarray = cv2.resize(scene.image, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     for mask in scene.masks:
         outline = [2 * np.array(flat, np.int32).reshape(-1, 2) for flat in polygons(mask)]
         cv2.polylines(tile, outline, True, (255, 255, 255), 1)

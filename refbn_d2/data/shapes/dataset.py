@@ -177,7 +177,8 @@ def _write_detection(folder: Path, info: dict) -> None:
     (folder / "annotations").mkdir()
     for split in SPLITS:
         (folder / split).mkdir()
-        images, annotations = [], []
+        images: list[dict] = []
+        annotations: list[dict] = []
         digest = hashlib.sha256()
         for index, scene in scenes(info, split):
             name = f"{index + 1:06d}.png"

@@ -52,7 +52,7 @@ class Scene(NamedTuple):
 def _arc(radius: int, start: int, stop: int, cx: int = 0, cy: int = 0) -> list:
     """Return points of a circle about (cx, cy), from `start` to `stop` degrees."""
     center, axes = (10 * cx, 10 * cy), (10 * radius, 10 * radius)
-    return (cv2.ellipse2Poly(center, axes, 0, start, stop, 8) / 10).tolist()
+    return (np.array(cv2.ellipse2Poly(center, axes, 0, start, stop, 8)) / 10).tolist()
 
 
 def _star(tips: int, inner: int) -> list:
@@ -148,6 +148,7 @@ def _texture(rng: np.random.Generator, shape: tuple[int, int], colors: np.ndarra
     height, width = shape
     kind, degrees, period = rng.integers([0, 0, 6 * _ONE], [kinds, 360, 24 * _ONE]).tolist()
     u, v = _coordinates(degrees, height, width)
+    weights: np.ndarray  # of the second color, 0..255
     if kind == 0:
         weights = np.zeros(shape)
     elif kind == 1:
@@ -260,7 +261,9 @@ def draw_detection(
     rng = np.random.default_rng([seed, 0, SPLITS.index(split), index])
     image, backdrop = _background(rng, size)
     owner = np.zeros(size, np.uint8)
-    labels, needed, colors = [], [0], [*backdrop]
+    labels: list[int] = []
+    needed: list[float] = [0]  # pixels of the background and of each object
+    colors = [*backdrop]
     for _ in range(rng.integers(1, MAX_OBJECTS + 1)):
         number = len(labels) + 1
         label, squeeze = rng.integers([0, 200], [len(CLASSES), 257]).tolist()

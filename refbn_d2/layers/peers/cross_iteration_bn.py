@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from refbn_d2.layers.functional import batch_moments, ref_batch_norm
 from refbn_d2.layers.peers.base import PeerBatchNorm2d, check_steps
@@ -119,8 +120,8 @@ class CrossIterationBatchNorm2d(PeerBatchNorm2d):
                 reference = mu, (nu - mu.square()).clamp_(min=0)
             else:
                 reference = mean, var  # not used: w is 0
-            if self.window > 1 and self._steps > self.burn_in - (self.window - 1):
-                self.past.append(self._moments_and_slopes(x, mean, var))
+            if self._seen is not None and self._steps > self.burn_in - (self.window - 1):
+                self.past.append(self._moments_and_slopes(*self._seen, x, mean, var))
             self._seen = None
         return ref_batch_norm(
             x, *reference, self.weight, self.bias, (k - 1) / k, "pooled", eps=self.eps
@@ -147,7 +148,10 @@ class CrossIterationBatchNorm2d(PeerBatchNorm2d):
 
     @torch.no_grad()
     def _past_at_present_weight(self) -> list[tuple[Tensor, Tensor]]:
-        return [moments.at(_weight(self._seen[0])) for moments in self.past]
+        if self._seen is None:  # the window is 1
+            return []
+        weight = _weight(self._seen[0])
+        return [moments.at(weight) for moments in self.past]
 
     def _update_running_statistics(self, mean: Tensor, var: Tensor, n: int) -> None:
         factor = self.average_factor()
@@ -155,8 +159,9 @@ class CrossIterationBatchNorm2d(PeerBatchNorm2d):
         self.running_mean.mul_(1 - factor).add_(factor * mean)
         self.running_var.mul_(1 - factor).add_(factor * unbiased)
 
-    def _moments_and_slopes(self, x: Tensor, mean: Tensor, var: Tensor) -> PastMoments:
-        conv, conv_input = self._seen
+    def _moments_and_slopes(
+        self, conv: nn.Conv2d, conv_input: Tensor, x: Tensor, mean: Tensor, var: Tensor
+    ) -> PastMoments:
         weight = _weight(conv)
         nu = var + mean.square()
         with torch.autocast(x.device.type, enabled=False):
@@ -164,7 +169,7 @@ class CrossIterationBatchNorm2d(PeerBatchNorm2d):
             n = x.numel() // self.num_features
 
             def weight_gradient(like: Tensor, dy: Tensor) -> Tensor:
-                return torch.nn.grad.conv2d_weight(
+                return conv2d_weight(
                     conv_input, like.shape, dy, conv.stride, conv.padding, conv.dilation,
                     conv.groups,
                 ) / n  # fmt: skip

@@ -1,10 +1,13 @@
 """Find the convolution before a norm, from the structure of a built model."""
 
 from collections import Counter
+from typing import TypeVar
 
 from torch import nn
 
 from refbn_d2.utils.errors import RefBNError
+
+Norm = TypeVar("Norm", bound=nn.BatchNorm2d)
 
 
 class LinkError(RefBNError):
@@ -12,8 +15,8 @@ class LinkError(RefBNError):
 
 
 def preceding_convolutions(
-    model: nn.Module, norm_type: type[nn.Module]
-) -> dict[str, tuple[nn.Module, nn.Conv2d]]:
+    model: nn.Module, norm_type: type[Norm]
+) -> dict[str, tuple[Norm, nn.Conv2d]]:
     """Return {name: (norm, the convolution before it)} of every `norm_type` in `model`.
 
     The convolution is one of these, in this order:
@@ -31,7 +34,7 @@ def preceding_convolutions(
     """
     uses = Counter(m for _, m in model.named_modules(remove_duplicate=False))
     owners = Counter(p for m in model.modules() for p in m._parameters.values())
-    found: dict[str, tuple[nn.Module, nn.Conv2d]] = {}
+    found: dict[str, tuple[Norm, nn.Conv2d]] = {}
     refused = []
     for name, norm in model.named_modules():
         if not isinstance(norm, norm_type):
@@ -83,5 +86,6 @@ def _last_conv(module: nn.Module | None) -> nn.Conv2d | None:
     """Return the convolution that gives the output of `module`: itself, or a Sequential's last."""
     while isinstance(module, nn.Sequential) and len(module):
         module = module[-1]
-    plain = isinstance(module, nn.Conv2d) and module._modules.get("norm") is None
-    return module if plain else None
+    if isinstance(module, nn.Conv2d) and module._modules.get("norm") is None:
+        return module
+    return None

@@ -89,6 +89,9 @@ class MovingAverageBatchNorm2d(PeerBatchNorm2d):
         LinkError: in a forward pass in training mode, the layer is not linked.
     """
 
+    second_moments: Tensor
+    gradient_moments: Tensor
+
     def __init__(
         self,
         num_features: int,
@@ -203,9 +206,16 @@ def _centralized(weight: Tensor) -> Tensor:
     return weight - weight.mean((1, 2, 3), keepdim=True)
 
 
+def _parameter(conv: nn.Module) -> Tensor:
+    """Return the registered weight, which a shadow may hide."""
+    weight = conv._parameters["weight"]
+    assert weight is not None  # preceding_convolutions refuses a convolution without it
+    return weight
+
+
 def _shadow_weight(conv: nn.Module, inputs: tuple) -> None:
     # An instance attribute takes precedence over the registered parameter, which is not changed.
-    conv.__dict__["weight"] = _centralized(conv._parameters["weight"])
+    conv.__dict__["weight"] = _centralized(_parameter(conv))
 
 
 def _unshadow_weight(conv: nn.Module, inputs: tuple, output: object) -> None:
@@ -216,7 +226,7 @@ def _unshadow_weight(conv: nn.Module, inputs: tuple, output: object) -> None:
 def _centralize_in_place(conv: nn.Module, prefix: str = "", keep_vars: bool = False) -> None:
     # Outputs and SGD steps stay the same, except for rounding, since gradients are centralized.
     # A mean as small as rounding stays, so that reading the state twice changes nothing more.
-    weight = conv._parameters["weight"]
+    weight = _parameter(conv)
     mean = weight.mean((1, 2, 3), keepdim=True)
     rounding = 8 * torch.finfo(weight.dtype).eps * weight.abs().mean((1, 2, 3), keepdim=True)
     weight.sub_(torch.where(mean.abs() > rounding, mean, 0))

@@ -1,0 +1,32 @@
+"""What a capture leaves as it was: the model, its gradients, and the random generators."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from tests.reference.helpers import images, make
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_capture_touches_nothing_but_the_reference(training):
+    model, reference = make("static")
+    model.train(training)
+    model.backbone[1].eval()  # frozen by its owner
+    model(images(1, 3)).backward()
+    state = copy.deepcopy(model.state_dict())
+    gradients = [p.grad.clone() for p in model.parameters()]
+    flags = [m.training for m in model.modules()]
+    random_states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    reference.capture()
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, state[k])}
+    frozen = {"backbone.1.ref_mean", "backbone.1.ref_var", "backbone.1.ref_count"}
+    captured = {"head.1.ref_mean", "head.1.ref_var", "head.1.ref_count"}
+    assert changed == (captured if training else captured | frozen)
+    assert all(torch.equal(a, p.grad) for a, p in zip(gradients, model.parameters(), strict=True))
+    assert [m.training for m in model.modules()] == flags
+    assert torch.equal(torch.get_rng_state(), random_states[0])
+    assert random.getstate() == random_states[1]
+    assert np.random.get_state()[1].tolist() == random_states[2]
