@@ -195,6 +195,12 @@ def shared_weight():
     return model
 
 
+def computed_weight():
+    """Beside it a single parameter is None: the convolution's bias."""
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(C, C, 1, bias=False))
+    return nn.Sequential(conv, CrossIterationBatchNorm2d(C))
+
+
 def named(**children):
     model = nn.Module()
     for name, child in children.items():
@@ -245,6 +251,7 @@ def test_numbers_pair_norms_and_convolutions_that_are_registered_apart():
         (after_a_block, "1", "no Conv2d"),
         (shared_norm, "1", "several places"),
         (shared_weight, "1", "shared"),
+        (computed_weight, "1", "computes its weight from others"),
     ],
 )
 def test_what_cannot_be_linked_is_refused_by_name(model, name, reason):
