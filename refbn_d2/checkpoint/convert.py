@@ -304,7 +304,7 @@ def _check_batch_norm(
         wrong.append("the convolution before it")
     if len(shape) != 1 or wrong:
         raise CheckpointError(
-            f"{source}: {name.rstrip('.')} is no batch norm of {tuple(shape)} channels: "
+            f"{source}: {name.rstrip('.')} is not a batch norm of {tuple(shape)} channels: "
             f"{listing(wrong) or 'running_mean'} is missing or of another shape."
         )
 

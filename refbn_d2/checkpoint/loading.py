@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # The share of the backbone's tensors that must fit: of the model's, and of the file's.
 MIN_BACKBONE_FILLED = 0.95
-# State that only some kinds of norm have: if it is missing or unexpected, that is no error.
+# State that only some kinds of norm have: it may be missing or unexpected.
 _BOOKKEEPING = re.compile(r"(.*\.)?(num_batches_tracked|ref_mean|ref_var|ref_count)")
 # Tensors of old Detectron2 checkpoints, which now follow from the config; and a classifier.
 EXPENDABLE = re.compile(r"pixel_(mean|std)|.*anchor_generator\.cell_anchors\..*")

@@ -112,7 +112,7 @@ class _Storage:
 
 
 class _Sizes(pickle.Unpickler):
-    """Reads torch's pickles, builds nothing, and raises if a declared size is impossible."""
+    """Read torch's pickles without building anything; raise if a declared size is impossible."""
 
     def __init__(self, data: bytes, file_size: int) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")

@@ -135,7 +135,7 @@ _NDARRAY = Name("numpy.ndarray")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads numpy arrays and plain containers; imports nothing."""
+    """Read numpy arrays and plain containers, and import nothing."""
 
     def __init__(self, data: bytes) -> None:
         # Python 2 wrote some of Detectron2's files, which it too reads as latin1.

@@ -42,7 +42,7 @@ def test_argparses_options_beside_the_weights_are_read(tmp_path, legacy):
     assert_same(loaded["model"], resnet().state_dict())
 
 
-def behind(prefix, state):
+def with_prefix(prefix, state):
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
@@ -53,7 +53,7 @@ PREFIXES = ["model.", "encoder.", "net.backbone.", "backbone.", "a.b.c.d.", "bac
 def test_one_prefix_before_a_resnet_is_inferred_and_logged(tmp_path, prefix, caplog):
     caplog.set_level(logging.INFO)
     source, model = resnet(), resnet(1)
-    save_checkpoint({"state_dict": behind(prefix, source.state_dict())}, tmp_path / "a.pth")
+    save_checkpoint({"state_dict": with_prefix(prefix, source.state_dict())}, tmp_path / "a.pth")
     loaded = load_checkpoint(tmp_path / "a.pth")
     load_weights(model, loaded["model"], tmp_path / "a.pth")
     assert_same(model.state_dict(), source.state_dict())
@@ -65,7 +65,7 @@ def test_one_prefix_before_a_resnet_is_inferred_and_logged(tmp_path, prefix, cap
 
 def test_the_heads_beside_the_resnet_stay(caplog):
     source, model = resnet(), resnet(1)
-    state = behind("encoder.", source.state_dict()) | {"head.weight": torch.ones(3)}
+    state = with_prefix("encoder.", source.state_dict()) | {"head.weight": torch.ones(3)}
     report = load_weights(model, state, "a.pth")
     assert_same(model.state_dict(), source.state_dict())
     assert report.unexpected == ["head.weight"]
@@ -84,8 +84,8 @@ def test_a_prefix_that_the_model_has_stays():
 
 def moco():
     query, momentum = resnet(0), resnet(1)
-    state = behind("module.encoder_q.", query.state_dict())
-    state |= behind("module.encoder_k.", momentum.state_dict())
+    state = with_prefix("module.encoder_q.", query.state_dict())
+    state |= with_prefix("module.encoder_k.", momentum.state_dict())
     return state | {"module.queue": torch.ones(4)}, query, momentum
 
 
@@ -110,7 +110,7 @@ def test_of_two_resnets_the_error_names_both_and_a_key_chooses(tmp_path):
 
 def test_models_under_unknown_names_are_listed_with_what_chooses(tmp_path):
     path = tmp_path / "dino.pth"
-    student, teacher = (behind("module.backbone.", resnet(s).state_dict()) for s in (0, 1))
+    student, teacher = (with_prefix("module.backbone.", resnet(s).state_dict()) for s in (0, 1))
     save_checkpoint({"student": student, "teacher": teacher, "epoch": 3}, path)
     text = (
         "under student, teacher: choose with --key student, or with MODEL.WEIGHTS "
@@ -181,7 +181,7 @@ def test_another_architecture_is_refused_by_name(name, prefix, caplog):
     before = {n: t.clone() for n, t in model.state_dict().items()}
     text = f"a.pth is .*{OTHERS[name]}.*, but the model is a ResNet-18"
     with pytest.raises(CheckpointError, match=text):
-        load_weights(model, behind(prefix, state), "a.pth")
+        load_weights(model, with_prefix(prefix, state), "a.pth")
     assert_same(model.state_dict(), before)
 
 
