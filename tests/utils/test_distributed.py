@@ -1,4 +1,4 @@
-"""What the parent process says when one of its workers fails."""
+"""The error of the parent process after one of its workers fails."""
 
 import signal
 
@@ -17,7 +17,7 @@ def fail_on_worker_1(error):
     distributed.barrier()
     if distributed.rank() == 1:
         raise error
-    distributed.barrier()  # worker 0 waits for one that is gone
+    distributed.barrier()  # worker 0 waits for a worker that has ended
 
 
 @pytest.mark.parametrize(
