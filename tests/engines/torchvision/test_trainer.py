@@ -1,4 +1,4 @@
-"""Real training on generated pictures: what a run leaves, and that it can be taken up again."""
+"""Real training on generated pictures: a run's files, and its resumption."""
 
 import copy
 import json
@@ -46,7 +46,7 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, iteration):
-    """As SIGKILL does: nothing is written any more."""
+    """End the run as SIGKILL does: nothing is written afterwards."""
     step = Trainer.step
 
     def dying_step(self, i, samples):
@@ -109,7 +109,7 @@ def test_killed_and_resumed_equals_straight(tiny_cfg, tmp_path, monkeypatch, ref
 @pytest.mark.slow
 @pytest.mark.parametrize("refresh", ["static", "full", "slice", "concat"])
 def test_40_iterations_straight_or_killed_at_20(tiny_cfg, tmp_path, refresh):
-    """The real thing: a process that is sent SIGKILL."""
+    """A real process gets a SIGKILL."""
     tiny_cfg.merge_from_list(
         ["MODEL.REFBN.REFRESH", refresh, "DATASETS.TEST", [], "SOLVER.MAX_ITER", 40,
          "SOLVER.CHECKPOINT_PERIOD", 20]
@@ -157,7 +157,7 @@ def test_signal_writes_a_checkpoint_and_resume_goes_on(tiny_cfg, tmp_path, numbe
     finally:
         process.kill()
     assert process.returncode == 128 + number, err
-    assert "its checkpoint is written. Go on with --resume" in err
+    assert "its checkpoint is written. Resume with --resume" in err
     (saved,) = Path(tiny_cfg.OUTPUT_DIR).glob("model_*.pth")
     done = load_checkpoint(saved)["iteration"]
     run(tiny_cfg, "SOLVER.MAX_ITER", done + 2, resume=True)
@@ -178,7 +178,7 @@ def two_workers(cfg, tmp_path, launcher=(), *arguments):
 
 
 def test_two_workers_train_as_one_by_num_gpus_and_by_torchrun(tiny_cfg, tmp_path):
-    """Norms that do not see the batch, no random sampling: the same gradients, however split."""
+    """Without norms over the batch and random sampling, any split gives the same gradients."""
     tiny_cfg.merge_from_list(
         ["MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "", "MODEL.ROI_MASK_HEAD.NORM", "",
          "MODEL.ROI_BOX_HEAD.NORM", "",
@@ -199,7 +199,7 @@ def test_two_workers_train_as_one_by_num_gpus_and_by_torchrun(tiny_cfg, tmp_path
         for key in one:
             torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-5)
         metrics = (tmp_path / name / "metrics.json").read_text().splitlines()
-        assert len(metrics) == 2  # written by worker 0 alone
+        assert len(metrics) == 2  # written only by worker 0
         assert json.loads(metrics[-1])["bbox/AP"] == pytest.approx(
             results["one"]["bbox"]["AP"], abs=0.5
         )
@@ -241,7 +241,7 @@ def test_a_metrics_line_that_was_cut_off_is_dropped_on_resume(tiny_cfg):
 
 
 def test_random_numbers_differ_by_seed(tiny_cfg, tmp_path):
-    """In sampling too: the same weights and pictures, another seed, other losses."""
+    """With the same weights and pictures, another seed gives other losses, by its samples."""
     losses = {}
     for seed in (3, 4):
         out = tmp_path / str(seed)
@@ -292,7 +292,7 @@ def _times_nan(module, args, losses):
 
 
 def worker_1_diverges(cfg):
-    """In each of two workers; the step that ends with a checkpoint has a loss of NaN on one."""
+    """Run in two workers; in the step that ends with a checkpoint, one has a loss of NaN."""
     step = Trainer.step
 
     def poisoned(self, iteration, batch):
@@ -301,7 +301,7 @@ def worker_1_diverges(cfg):
         try:
             return step(self, iteration, batch)
         except FloatingPointError:
-            time.sleep(3)  # worker 0 is not to be ended before it could write a checkpoint
+            time.sleep(3)  # give worker 0 the time to write a checkpoint
             raise
 
     if distributed.rank() == 1:
@@ -320,7 +320,7 @@ def test_nan_on_worker_1_stops_worker_0_before_it_writes_weights(tiny_cfg):
 def test_output_dir_of_another_run_is_left_alone(tiny_cfg):
     run(tiny_cfg, "DATASETS.TEST", [])
     before = sorted((p, p.stat().st_mtime_ns) for p in Path(tiny_cfg.OUTPUT_DIR).iterdir())
-    with pytest.raises(FileExistsError, match="holds a run already. Go on with it by --resume"):
+    with pytest.raises(FileExistsError, match="holds a run already. Resume it with --resume"):
         run(tiny_cfg)
     with pytest.raises(ValueError, match="MODEL.REFBN.SEED: 0 there, 5 now"):
         run(tiny_cfg, "MODEL.REFBN.SEED", 5, resume=True)
@@ -330,7 +330,7 @@ def test_output_dir_of_another_run_is_left_alone(tiny_cfg):
 def test_resume_without_an_earlier_run_starts_anew(tiny_cfg):
     run(tiny_cfg, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", [], resume=True)
     out = Path(tiny_cfg.OUTPUT_DIR)
-    assert "holds no checkpoint yet; starting anew" in (out / "log.txt").read_text()
+    assert "holds no checkpoint yet; starting from the beginning" in (out / "log.txt").read_text()
 
 
 def test_resume_needs_the_same_reference_images(tiny_cfg, tmp_path):
@@ -353,7 +353,7 @@ def test_resume_from_a_file_that_is_no_run(tiny_cfg, tmp_path):
     run(tiny_cfg, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", [])
     path = Path(tiny_cfg.OUTPUT_DIR) / "model_final.pth"
     save_checkpoint({"model": load_checkpoint(path)["model"]}, path)
-    with pytest.raises(ValueError, match="it lacks grad_scaler, iteration, optimizer, seed"):
+    with pytest.raises(ValueError, match="it has no grad_scaler, iteration, optimizer, seed"):
         run(tiny_cfg, "SOLVER.MAX_ITER", 2, resume=True)
 
 
