@@ -14,7 +14,8 @@ class _Stop:
     def __call__(self, number: int, frame) -> None:
         self.number = number
         print(
-            "Stopping after a checkpoint is written. Press again to stop at once.", file=sys.stderr
+            "Stopping: a checkpoint will be written. A second signal stops at once.",
+            file=sys.stderr,
         )
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 

@@ -53,7 +53,7 @@ def test_saved_safetensors_is_what_safetensors_reads(tmp_path):
     loaded = safetensors.torch.load_file(tmp_path / "a.safetensors")
     assert_same({name: loaded[name] for name in tensors}, tensors)
     assert_same(load_checkpoint(tmp_path / "a.safetensors")["model"], loaded)
-    with pytest.raises(ValueError, match="b.safetensors .*only tensors, not model, iteration"):
+    with pytest.raises(ValueError, match="b.safetensors: .*only tensors, not model, iteration"):
         save_checkpoint({"model": state(), "iteration": 3}, tmp_path / "b.safetensors")
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
@@ -96,7 +96,8 @@ def test_a_key_says_which_weights(tmp_path, name):
     loaded = load_checkpoint(tmp_path / name, key="state_dict_ema")
     assert_same(loaded["model"], state(1))
     for key in ("ema", "iteration"):
-        text = f"{name} has no weights under '{key}'. Choose .*: model, state_dict_ema, iteration"
+        names = "model, state_dict_ema, iteration"
+        text = f"{name} has no weights under '{key}'. Choose from: .*{names}"
         with pytest.raises(CheckpointError, match=text):
             load_checkpoint(tmp_path / name, key=key)
 

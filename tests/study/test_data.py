@@ -100,7 +100,7 @@ def test_bad_data(coco, content, written, tmp_path):
     with pytest.raises(FileNotFoundError, match="DETECTRON2_DATASETS"):
         sets.make([None])
     content["overrides"]["DATASETS.TRAIN"] = ["nowhere"]
-    with pytest.raises(ConfigError, match="DATASETS.TRAIN: no dataset is called 'nowhere'"):
+    with pytest.raises(ConfigError, match="DATASETS.TRAIN: no data set is called 'nowhere'"):
         detection(content, written, tmp_path / "out").train_set(None)
 
 
