@@ -33,7 +33,7 @@ class Classifier(L.LightningModule):
 
 
 class KeepReference(L.Callback):
-    """Keeps the reference batch current, and its position in Lightning's checkpoints."""
+    """Keep the reference batch up to date, and save its position in Lightning's checkpoints."""
 
     def __init__(self, reference: ReferenceBatch) -> None:
         self.state_dict, self.load_state_dict = reference.state_dict, reference.load_state_dict

@@ -1,4 +1,4 @@
-"""Train a timm model with RefBN, and save it as the plain timm model that it was.
+"""Train a timm model with RefBN, and save it as a plain timm model.
 
 python examples/timm_model.py resnet50 --pretrained
 
@@ -20,7 +20,7 @@ from refbn_d2 import ReferenceBatch, convert_from_refbn, convert_to_refbn
 
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("model", nargs="?", default="resnet18", help="any of timm's with BatchNorm2d")
+    p.add_argument("model", nargs="?", default="resnet18", help="a timm model with BatchNorm2d")
     p.add_argument("--pretrained", action="store_true", help="download timm's weights")
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--output", type=Path, default="output/timm_model.pth")
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     train = FakeData(size=8 * args.steps, num_classes=10, transform=transform)
     loader = DataLoader(train, batch_size=8, shuffle=True)
 
-    model = convert_to_refbn(model).to(device)  # weights and statistics stay
+    model = convert_to_refbn(model).to(device)  # keeps weights and statistics
     reference = ReferenceBatch(model, [train[i][0] for i in range(min(16, len(train)))])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     losses = []

@@ -21,10 +21,10 @@ def transforms(image, target):
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("json_file")
-    p.add_argument("images", help="their folder")
+    p.add_argument("images", help="folder of the images")
     p.add_argument("--pretrained", action="store_true", help="download an ImageNet backbone")
     p.add_argument("--epochs", type=int, default=1)
-    p.add_argument("--size", type=int, default=800, help="of the images' shorter side")
+    p.add_argument("--size", type=int, default=800, help="shorter side of the images")
     args = p.parse_args(argv)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     loader = DataLoader(train, batch_size=2, shuffle=True, collate_fn=lambda samples: samples)
 
     backbone = {"weights_backbone": None}
-    if args.pretrained:  # all of it trainable: RefBN need not be frozen
+    if args.pretrained:  # train all of it: RefBN does not need to be frozen
         backbone = {"weights_backbone": "DEFAULT", "trainable_backbone_layers": 5}
     model = maskrcnn_resnet50_fpn(**backbone, num_classes=num_classes, min_size=args.size)
     model = convert_to_refbn(model).to(device).train()  # its FrozenBatchNorm2d or BatchNorm2d

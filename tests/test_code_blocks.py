@@ -227,8 +227,8 @@ def test_no_code_escapes(path):
 
 
 def literal_block(docstring: str) -> str:
-    """Return the block after the first "::"."""
-    block = re.search(r"::\n\n((?: {4}.*\n|\n)+)", docstring + "\n").group(1)
+    """Return the first indented block, after a line that ends with a colon."""
+    block = re.search(r":\n\n((?: {4}.*\n|\n)+)", docstring + "\n").group(1)
     return textwrap.dedent(block).strip()
 
 

@@ -2,7 +2,7 @@
 """Compare the speed of RefBatchNorm2d and GroupNorm with nn.BatchNorm2d, forward and backward.
 
 It prints a table of ratios to the time of BatchNorm. In each round all layers take turns, so that a
-change of the machine's speed affects them all. A ratio is that of the medians over the rounds.
+change of the machine's speed affects all of them. A ratio compares the medians over the rounds.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from refbn_d2.layers import RefBatchNorm2d
 from refbn_d2.layers.functional import GRADIENTS
 
-# (N, C, H, W): stages of a ResNet-50 with 2 images of 800 x 1066, of a ResNet-18 with 16 of 128^2
+# (N, C, H, W): stages of a ResNet-50 for 2 images of 800 x 1066, and a ResNet-18 for 16 of 128^2
 SHAPES = [
     (2, 64, 400, 533), (2, 256, 200, 267), (2, 512, 100, 134), (2, 1024, 50, 67), (2, 2048, 25, 34),
     (16, 64, 64, 64), (16, 64, 32, 32), (16, 128, 16, 16), (16, 256, 8, 8), (16, 512, 4, 4),
@@ -28,7 +28,7 @@ def layers(channels: int) -> dict[str, nn.Module]:
     norms = {"BN": nn.BatchNorm2d(channels), "GN": nn.GroupNorm(32, channels)}
     for gradient in GRADIENTS:
         layer = norms[f"RefBN {gradient}"] = RefBatchNorm2d(channels, gradient=gradient)
-        layer.load_state_dict(norms["BN"].state_dict())  # its reference: the running statistics
+        layer.load_state_dict(norms["BN"].state_dict())  # the running statistics become reference
     return norms
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Convert the checkpoint of a ResNet or a detector, or say what a file is.
+"""Convert the checkpoint of a ResNet or a detector, or describe a file.
 
 convert_checkpoint.py SRC DST --to detectron2 --norm FrozenBN --verify
 convert_checkpoint.py --inspect FILE
@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("src", nargs="?", metavar="SRC", help=".pth, .pt, .pkl or .safetensors")
     p.add_argument("dst", nargs="?", metavar="DST", help="a new file; its suffix gives the format")
-    p.add_argument("--inspect", metavar="FILE", help="say what FILE is and what loads it")
+    p.add_argument("--inspect", metavar="FILE", help="describe FILE and what loads it")
     p.add_argument(
         "--to", choices=TARGETS, help="layout of DST; onnx and torchscript hold the backbone only"
     )
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         "--allow-partial", action="store_true", help="leave out tensors without a counterpart"
     )
     p.add_argument(
-        "--config-file", metavar="FILE", help="of a detector; default: config.yaml beside SRC"
+        "--config-file", metavar="FILE", help="of a detector; default: config.yaml next to SRC"
     )
     p.add_argument("--key", help="where in SRC the weights are: state_dict_ema, encoder_q, ...")
     return p
@@ -53,7 +53,7 @@ def main() -> None:
     args = p.parse_args()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     if not args.inspect and not (args.src and args.dst and args.to):
-        p.error("SRC, DST and --to are needed, or --inspect FILE")
+        p.error("give SRC, DST and --to, or --inspect FILE")
     if args.inspect and (args.src or args.to):
         p.error("--inspect FILE can only be combined with --key")
     run_or_exit(run, args)

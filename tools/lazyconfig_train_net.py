@@ -8,7 +8,7 @@ from refbn_d2.utils.arguments import default_argument_parser, run_or_exit
 
 
 def run(args: argparse.Namespace) -> None:
-    select_engine("detectron2")  # or say how to install it
+    select_engine("detectron2")  # raises, with a guide, if it is not installed
     from refbn_d2.engines.detectron2 import lazyconfig
 
     lazyconfig.run(args)

@@ -1,6 +1,7 @@
-"""Checkpoints from one layout and norm to another: what a file's tensors are, and what they become.
+"""Identify what a checkpoint's tensors are, and convert them to another layout and norm.
 
-Layouts: "torchvision" (timm's plain ResNets have its names), and "detectron2" (so have ours).
+The layouts are "torchvision" (its names, which timm's plain ResNets share) and "detectron2" (its
+names, which this package's models share).
 """
 
 import logging
@@ -29,9 +30,9 @@ from refbn_d2.utils.errors import CheckpointError, listing
 logger = logging.getLogger(__name__)
 
 TARGET_NORMS = ("RefBN", "BN", "FrozenBN", "folded")
-EPS = 1e-5  # of every norm in torchvision's, timm's and Detectron2's ResNets; no file tells it
+EPS = 1e-5  # of every norm in torchvision's, timm's and Detectron2's ResNets; no file stores it
 
-# What torchvision's weights (and most of timm's) want beside the architecture's own keys.
+# Keys that torchvision's weights (and most of timm's) need in addition to the architecture's.
 TORCHVISION_INPUT = {
     "MODEL.RESNETS.STRIDE_IN_1X1": False,
     "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
@@ -39,7 +40,7 @@ TORCHVISION_INPUT = {
     "INPUT.FORMAT": "RGB",
 }
 
-# Where a config names a norm beside the ResNet's, and how the tensors' names begin there.
+# Config keys of the norms outside the ResNet, and the beginning of their tensors' names.
 _SECTIONS = {
     "MODEL.FPN.NORM": "backbone.fpn_",
     "MODEL.ROI_BOX_HEAD.NORM": "roi_heads.box_head.",
@@ -52,20 +53,18 @@ _DETECTOR = ("backbone.", "proposal_generator.", "roi_heads.")
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file's tensors are."""
+    """A file's tensors, and what they are."""
 
     source: str  # the file, for messages
     tensors: dict[str, Tensor]  # by the file's names
-    resnet_names: dict[
-        str, str
-    ]  # of a ResNet's tensors: the file's name -> Detectron2's without a place
+    resnet_names: dict[str, str]  # the ResNet's tensors: the file's name -> Detectron2's, no place
     resnet: ResNetSpec
     layout: str  # "torchvision" or "detectron2"
     is_detector: bool
 
     @property
     def classes(self) -> int | None:
-        """Of a classifier."""
+        """Return a classifier's number of classes; None for anything else."""
         for name, own in self.resnet_names.items():
             if own == "linear.weight" and self.tensors[name].ndim == 2:
                 return len(self.tensors[name])
@@ -73,7 +72,7 @@ class Contents:
 
     @property
     def norms(self) -> dict[str, str]:
-        """{"MODEL.RESNETS.NORM": "BN", ...}, for every section of a config that is in the file."""
+        """Return {"MODEL.RESNETS.NORM": "BN", ...}, for each section of a config in the file."""
         norms = {"MODEL.RESNETS.NORM": norm_of(self.resnet_names.values())}
         for key, beginning in _SECTIONS.items():
             if names := [name for name in self.tensors if name.startswith(beginning)]:
@@ -81,7 +80,7 @@ class Contents:
         return norms
 
     def config(self) -> dict[str, Any]:
-        """{key: value} that differ from Detectron2's defaults, and always the depth and norms."""
+        """Return {key: value}: what differs from Detectron2's defaults, and the depth and norms."""
         usual = ResNetSpec(50).config()
         own = self.resnet.config().items()
         keys = {key: value for key, value in own if value != usual[key] or key.endswith("DEPTH")}
@@ -89,9 +88,10 @@ class Contents:
 
 
 def norm_of(names: Iterable[str]) -> str:
-    """The norm that has tensors of Detectron2's `names`: "RefBN", "BN", "FrozenBN", "GN", "" (none)
+    """Return the norm of tensors with Detectron2's `names`.
 
-    Where only a part is frozen (FREEZE_AT), it is what the others are.
+    It is "RefBN", "BN", "FrozenBN", "GN" or "" (none). If only some layers are frozen (FREEZE_AT),
+    it is the norm of the others.
     """
     tensors = {name.rpartition(".")[2] for name in names if ".norm." in name}
     signs = {
@@ -104,7 +104,7 @@ def norm_of(names: Iterable[str]) -> str:
 
 
 def all_tensors(checkpoint: Mapping[str, Any], source: str) -> dict[str, Tensor]:
-    """The weights of `load_checkpoint`'s dict, and a classifier that `pack` put beside them."""
+    """Return the weights of `load_checkpoint`'s dict, with the classifier that `pack` set apart."""
     tensors, beside = dict(checkpoint["model"]), checkpoint.get("classifier")
     for name, value in beside.items() if isinstance(beside, dict) else ():
         if isinstance(name, str) and isinstance(value, np.ndarray):
@@ -116,14 +116,14 @@ def all_tensors(checkpoint: Mapping[str, Any], source: str) -> dict[str, Tensor]
 
 
 def identify(checkpoint: Mapping[str, Any], source: str) -> Contents:
-    """What `checkpoint` holds.
+    """Identify the ResNet in `checkpoint`, its layout, and whether it is in a detector.
 
     Args:
         checkpoint: as `load_checkpoint` returns it.
         source: the file it is from, for messages.
 
     Raises:
-        CheckpointError: it is not a ResNet that Detectron2 can build, alone or in a detector.
+        CheckpointError: it holds no ResNet that Detectron2 can build.
     """
     tensors, arch = all_tensors(checkpoint, source), str(checkpoint.get("arch"))
     other = recognize_unsupported(tensors, arch)
@@ -132,8 +132,9 @@ def identify(checkpoint: Mapping[str, Any], source: str) -> Contents:
         other = recognize_unsupported(tensors)
     if other:
         raise CheckpointError(
-            f"{source} is {other}. What can be converted are ResNets and ResNeXts of depth 18, 34, "
-            "50, 101 or 152 whose stem is one 7x7 convolution, and Detectron2's detectors with one."
+            f"{source} is {other}, which cannot be converted. Allowed: a ResNet or ResNeXt of "
+            "depth 18, 34, 50, 101 or 152 whose stem is one 7x7 convolution, or a detector of "
+            "Detectron2's with such a backbone."
         )
     is_detector = any(name.startswith(_DETECTOR) for name in tensors)
     resnet_names: dict[str, str] = {}
@@ -145,7 +146,7 @@ def identify(checkpoint: Mapping[str, Any], source: str) -> Contents:
     twice = [name for name, own in resnet_names.items() if times[own] > 1]
     if twice:
         raise CheckpointError(
-            f"{source}: {listing(twice, 2)} are one tensor by two names: keep one of them."
+            f"{source}: {listing(twice, 2)} name the same tensor: keep one of them."
         )
     try:
         shapes = {own: tuple(tensors[name].shape) for name, own in resnet_names.items()}
@@ -155,7 +156,7 @@ def identify(checkpoint: Mapping[str, Any], source: str) -> Contents:
             f"{source} holds no ResNet that Detectron2 can build: {error}. Its first tensors are "
             f"{listing(tensors, 5)}."
         ) from None
-    if not is_detector:  # a detector may do without the last stages
+    if not is_detector:  # a detector may leave out the last stages
         resnet = replace(resnet, last_stage=5)
     detectron2 = all(name.endswith(own) for name, own in resnet_names.items())
     layout = "detectron2" if detectron2 else "torchvision"
@@ -165,20 +166,21 @@ def identify(checkpoint: Mapping[str, Any], source: str) -> Contents:
 def convert_state(
     contents: Contents, to: str, norm: str | None = None, allow_partial: bool = False
 ) -> dict[str, Tensor]:
-    """The state dict in the layout `to`
+    """Return the state dict in the layout `to`.
 
-    A ResNet gets the layout's names. A detector keeps Detectron2's; to torchvision goes its ResNet
-    alone. The order is the file's, and what `norm` does not change is the file's to the bit.
+    A ResNet gets the layout's names. A detector keeps Detectron2's names; in torchvision's layout,
+    only its ResNet is returned. The file's order is kept. So is, to the last bit, every tensor that
+    `norm` does not change.
 
     Args:
         to: "detectron2" or "torchvision".
-        norm: one of TARGET_NORMS, see `change_norms`; None keeps what there is.
-        allow_partial: let pass a ResNet that lacks tensors, and leave out what has no counterpart;
-            both are listed in the log.
+        norm: one of TARGET_NORMS, see `change_norms`; None keeps the file's norms.
+        allow_partial: accept a ResNet with missing tensors, and leave out tensors without a
+            counterpart; the log lists both.
 
     Raises:
-        CheckpointError: `change_norms`'s; a tensor's shape is not the ResNet's; or, without
-            `allow_partial`, a tensor lacks or has no counterpart.
+        CheckpointError: an error of `change_norms`; a tensor has another shape than the ResNet's;
+            or, without `allow_partial`, a tensor is missing or has no counterpart.
     """
     resnet, source = contents.resnet, contents.source
     if to == "torchvision" and not resnet.is_torchvisions:
@@ -186,19 +188,19 @@ def convert_state(
     wrong, missing, without = misfits(contents, to)
     if wrong:
         raise CheckpointError(
-            f"{source} holds a {resnet} by most of its tensors, but others have another shape: "
-            f"{listing(wrong, 8, '; ')}. Is it of one model?"
+            f"{source}: most tensors are those of a {resnet}, but some have another shape: "
+            f"{listing(wrong, 8, '; ')}. Convert a file that holds a single model."
         )
     problems = []
     if missing:
         problems.append(f"lacks {len(missing)} tensors of a {resnet}: {listing(missing)}")
     if without:
-        where = f"without counterpart in {to}'s {resnet}"
+        where = f"without a counterpart in {to}'s {resnet}"
         problems.append(f"has {len(without)} tensors {where}: {listing(without)}")
     if problems:
         message = f"{source} {'; it '.join(problems)}."
         if not allow_partial:
-            raise CheckpointError(f"{message} --allow-partial lets that pass.")
+            raise CheckpointError(f"{message} To convert it anyway, give --allow-partial.")
         logger.warning(message)
 
     keeps_names = contents.is_detector and to == "detectron2"
@@ -215,11 +217,11 @@ def convert_state(
 
 
 def misfits(contents: Contents, to: str) -> tuple[list[str], list[str], list[str]]:
-    """What keeps `contents` from being the whole of a ResNet, or a detector, in the layout `to`
+    """Find what keeps `contents` from being a complete ResNet or detector in the layout `to`.
 
     Returns:
         The tensors of another shape than the ResNet's, with both shapes; Detectron2's names of
-        those that lack; the file's names of those without counterpart.
+        missing tensors; the file's names of tensors without a counterpart.
     """
     resnet, resnet_names = contents.resnet, contents.resnet_names
     shapes = {own: tuple(contents.tensors[name].shape) for name, own in resnet_names.items()}
@@ -246,19 +248,21 @@ def misfits(contents: Contents, to: str) -> tuple[list[str], list[str], list[str
 
 
 def change_norms(state: Mapping[str, Tensor], norm: str, source: str) -> dict[str, Tensor]:
-    """`state`, in Detectron2's names, with every batch norm as `norm` has it
+    """Return `state`, which has Detectron2's names, with every batch norm turned into `norm`.
 
-    "FrozenBN" keeps weight, bias and running statistics. "BN" and "RefBN" count batches besides,
-    from 0 where the file has no count. "RefBN" has a reference: where the file has none, the
-    running statistics, as a single element. "folded": the convolution's weight takes up the norm's
-    scale. In a ResNet, whose convolutions have no bias in either library, the norm stays as a
-    FrozenBN that adds the shift; elsewhere the shift is the convolution's bias, and the norm goes.
+    - "FrozenBN": weight, bias and running statistics.
+    - "BN": the same and the count of batches, 0 if the file has none.
+    - "RefBN": the same as BN and a reference. If the file has none, the running statistics are the
+      reference, with a count of 1.
+    - "folded": the norm's scale is multiplied into the convolution's weight. In a ResNet, whose
+      convolutions have no bias in either library, the norm stays as a FrozenBN that adds the shift.
+      Elsewhere the shift becomes the convolution's bias, and the norm is removed.
 
     Group norms stay as they are.
 
     Raises:
-        CheckpointError: there is no batch norm; or, for "folded", one whose convolution the name
-            does not tell.
+        CheckpointError: there is no batch norm; or, for "folded", the convolution of one cannot be
+            inferred from its name.
     """
     layers: dict[str, dict[str, Tensor]] = {}  # "res2.0.conv1.norm." -> {"weight": ...}
     for name, tensor in state.items():
@@ -267,16 +271,17 @@ def change_norms(state: Mapping[str, Tensor], norm: str, source: str) -> dict[st
     batch_norms = {name: layer for name, layer in layers.items() if "running_mean" in layer}
     if not batch_norms:
         raise CheckpointError(
-            f"{source} has no batch norms, but {norm_of(state) or 'none'}: it cannot get {norm}."
+            f"{source} has no batch norms (its norm: {norm_of(state) or 'none'}), so it cannot be "
+            f"converted to {norm}. Leave out --norm."
         )
     for name, layer in batch_norms.items():
         _check_batch_norm(source, name, layer, layers.get(_convolution(name), {}))
     if norm == "folded":
-        astray = [n for n in batch_norms if "weight" not in layers.get(_convolution(n), {})]
-        if astray:
+        unknown = [n for n in batch_norms if "weight" not in layers.get(_convolution(n), {})]
+        if unknown:
             raise CheckpointError(
-                f"{source}: no name tells which convolutions {listing(astray, 5)} normalize, so "
-                "they cannot be folded. FrozenBN computes the same."
+                f"{source}: the convolutions of {listing(unknown, 5)} cannot be inferred from the "
+                "names, so the norms cannot be folded. Use FrozenBN, which computes the same."
             )
     for name, layer in batch_norms.items():
         if norm == "folded":
@@ -299,7 +304,7 @@ def _check_batch_norm(
         wrong.append("the convolution before it")
     if len(shape) != 1 or wrong:
         raise CheckpointError(
-            f"{source}: {name.rstrip('.')} is no batch norm of {tuple(shape)} channels: "
+            f"{source}: {name.rstrip('.')} is not a batch norm of {tuple(shape)} channels: "
             f"{listing(wrong) or 'running_mean'} is missing or of another shape."
         )
 
@@ -324,7 +329,7 @@ def _as(layer: dict[str, Tensor], norm: str) -> dict[str, Tensor]:
 
 
 def _fold(conv: dict[str, Tensor], norm: dict[str, Tensor], in_resnet: bool) -> dict[str, Tensor]:
-    """What is left of the norm; `conv` changes in place."""
+    """Fold the norm into `conv`, in place; return what is left of the norm."""
     mean, var = norm["running_mean"], norm["running_var"]
     scale, shift = affine(mean, var, norm.get("weight"), norm.get("bias"), EPS)
     weight = conv["weight"]
@@ -340,17 +345,17 @@ def _fold(conv: dict[str, Tensor], norm: dict[str, Tensor], in_resnet: bool) -> 
 
 
 def pack(state: Mapping[str, Tensor], to: str, suffix: str) -> dict[str, Any]:
-    """Return what `save_checkpoint` takes for a file with `suffix`, of `convert_state`'s result.
+    """Return the dict that `save_checkpoint` writes to a file with `suffix`.
 
-    For torchvision, and for .safetensors, the state dict itself. A backbone for Detectron2 is read
-    by suffix matching ("matching_heuristics"), as its models have a place before the names; the
-    classifier, of which its detectors have no use, lies beside the weights, where its loader is
-    silent about it and `identify` finds it.
+    For torchvision and for .safetensors it is `state` itself, `convert_state`'s result. For
+    Detectron2, a backbone asks for suffix matching ("matching_heuristics"), because a detector has
+    a prefix before these names. Detectors do not use the classifier, so it is stored apart from the
+    weights: Detectron2's loader does not warn about it there, and `identify` still finds it.
     """
     if to == "torchvision" or suffix == ".safetensors":
         return dict(state)
     classifier = {name: tensor for name, tensor in state.items() if name.startswith("linear.")}
-    packed = {
+    packed: dict[str, Any] = {
         "model": {name: tensor for name, tensor in state.items() if name not in classifier},
         "__author__": "refbn_d2",
     }

@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, read without running them, loaded loudly.
+"""Write checkpoint files whole or not at all, and read them without running code from them.
 
 Formats: `.pth` and `.pt` (torch.save); `.pkl` (Detectron2's, {"model": {name: array}, "__author__":
 ...}); `.safetensors`.
@@ -8,7 +8,7 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,43 +26,46 @@ from refbn_d2.utils.file_io import written_whole
 logger = logging.getLogger(__name__)
 
 
-# Where training loops put the weights, in the order of preference; the others stay in the rest.
+# Keys under which training loops store the weights. The first one present holds the weights.
 WRAPPERS = (
     *("model", "state_dict", "model_state", "model_state_dict", "params", "weights"),
     *("model_ema", "state_dict_ema", "params_ema", "ema"),
 )
 _PARALLEL_PREFIX = re.compile(r"(module\.|_orig_mod\.)+")
-_MAX_SHARING = 8  # how often a file's bytes may be used by its weights, which can share storages
+_MAX_SHARING = 8  # bytes of weights per byte of the file: weights can share a storage
 
 
 def save_checkpoint(obj: dict, path: str | os.PathLike) -> None:
-    """Write `obj` to `path`: by torch.save, for `.pkl` in Detectron2's format, or `.safetensors`.
+    """Write `obj` to `path`: Detectron2's format for `.pkl`, `.safetensors`, else torch.save's.
 
-    The file appears whole, or what stood there stays. Folders are made. For `.pkl`, tensors become
-    arrays, and the rest must be plain containers, or `load_checkpoint` refuses it. A `.safetensors`
-    holds a state dict and nothing else.
+    The file appears whole, or an old file stays as it was. Folders are created. In a `.pkl`,
+    tensors become arrays, and everything else must be plain containers, or `load_checkpoint`
+    refuses the file. A `.safetensors` holds only a state dict.
 
     Raises:
-        ValueError: `obj` has no "model" for a .pkl, or a bfloat16 tensor; or is not a state dict
-            for a .safetensors.
+        ValueError: for a .pkl, `obj` has no "model" or holds a bfloat16 tensor; for a .safetensors,
+            `obj` is not a state dict.
     """
     path = Path(path)
-    write = torch.save
+    write: Callable[[Any, BinaryIO], object] = torch.save
     if path.suffix == ".pkl":
         if "model" not in obj:
-            raise ValueError(f'{path}: Detectron2\'s .pkl format needs the weights under "model".')
+            raise ValueError(f'{path}: a .pkl needs the weights under "model": put them there.')
         obj, write = _arrays(path, {"__author__": "refbn_d2", **obj}), pickle.dump
     elif path.suffix == ".safetensors":
         others = [name for name, value in obj.items() if not isinstance(value, Tensor)]
         if others:
-            raise ValueError(f"{path}: .safetensors holds tensors alone, not {listing(others)}.")
+            raise ValueError(
+                f"{path}: .safetensors can hold only tensors, not {listing(others)}: leave that "
+                "out, or write a .pth."
+            )
         write = _write_safetensors
     with written_whole(path) as file:
         write(obj, file)
 
 
 def _write_safetensors(state: dict[str, Tensor], file: BinaryIO) -> None:
-    # each in a memory of its own: the format has no views
+    # The format has no views: each tensor gets memory of its own.
     state = {name: t.clone(memory_format=torch.contiguous_format) for name, t in state.items()}
     file.write(safetensors.torch.save(state, {"format": "pt"}))
 
@@ -74,13 +77,13 @@ def _arrays(path: Path, value: Any) -> Any:
         return value
     if value.dtype == torch.bfloat16:
         raise ValueError(
-            f"{path}: numpy has no bfloat16, and .pkl holds its arrays: write a .pth instead."
+            f"{path}: a .pkl holds numpy arrays, and numpy has no bfloat16: write a .pth instead."
         )
     return value.detach().cpu().numpy()
 
 
 def file_format(path: str | os.PathLike) -> str:
-    """ "torch" (torch.save), "pickle" or "safetensors", as the first bytes (or the suffix) tell
+    """Infer "torch" (torch.save), "pickle" or "safetensors" from the first bytes or the suffix.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -88,11 +91,11 @@ def file_format(path: str | os.PathLike) -> str:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such checkpoint file.")
+        raise FileNotFoundError(f"{path}: there is no such checkpoint file. Check the path.")
     with open(path, "rb") as file:
         head = file.read(len(LEGACY_MAGIC))
     if not head:
-        raise CheckpointError(f"{path} is empty: a copy or a download was cut off? Fetch it again.")
+        raise CheckpointError(f"{path} is empty: copy or download it again.")
     if path.suffix == ".safetensors":
         return "safetensors"
     return "torch" if head.startswith(b"PK") or head == LEGACY_MAGIC else "pickle"
@@ -104,26 +107,27 @@ def load_checkpoint(
     key: str | None = None,
     caffe2: bool = False,
 ) -> dict:
-    """Return {"model": {name: tensor}, ...what else the file holds, as it is}.
+    """Return {"model": {name: tensor}, ...everything else in the file, unchanged}.
 
-    The format is inferred from the content, whatever the suffix (except for .safetensors). The
-    weights may stand under "model", "state_dict" and the like, or be the whole file; "module."
-    before all names is dropped. Nothing in the file is run: it may hold only tensors, arrays, plain
-    containers and argparse's Namespaces, which become dicts.
+    The format is inferred from the content, not from the suffix (except for .safetensors). The
+    weights may be stored under "model", "state_dict" and the like, or be the whole file. A
+    "module." before all names is dropped. Nothing in the file is run: it may hold only tensors,
+    arrays, plain containers and argparse's Namespaces, which become dicts.
 
     Args:
-        key: where in the file the weights stand, instead of the first known name; or the beginning
-            of the names of one of several models, as "encoder_q".
-        caffe2: read Caffe2's format too, marked for Detectron2, which knows its names.
+        key: where in the file the weights are stored, instead of the first known name; or, if the
+            file holds several models, the beginning of one model's names, such as "encoder_q".
+        caffe2: also read Caffe2's format; the result is marked for Detectron2, which converts it.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is empty, cut off or no checkpoint; holds code, no tensors, or tensors
-            that are no weights (complex, sparse, NaN, ...); declares more than it holds; is of a
-            format that is not read (Caffe2).
+        CheckpointError: the file is empty, cut off or not a checkpoint; holds code, no tensors, or
+            tensors that cannot be weights (complex, sparse, NaN, ...); declares more than it holds;
+            or has a format that is not read (Caffe2).
     """
     path = Path(path)
     form = file_format(path)
+    data: Any
     if form == "safetensors":
         data = _read_safetensors(path)
     elif form == "torch":
@@ -131,12 +135,14 @@ def load_checkpoint(
     else:
         data = read_pickle(path)
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}, not a dict of tensors.")
+        raise CheckpointError(
+            f"{path} holds a {type(data).__name__}, not a dict of tensors: save a state_dict()."
+        )
     if _is_caffe2(data):
         if not caffe2:
             raise CheckpointError(
-                f"{path} is in Caffe2's format (MSRA's and Detectron's weights), which is not read "
-                "here: use Detectron2 for it, or a checkpoint of torchvision's or Detectron2's."
+                f"{path} is in Caffe2's format (MSRA's and Detectron's weights), which only the "
+                "Detectron2 engine reads: use it, or a checkpoint of torchvision's or Detectron2's."
             )
         blobs = data.get("blobs", data)
         blobs = {n: v for n, v in blobs.items() if not str(n).endswith("_momentum")}
@@ -151,7 +157,7 @@ def load_checkpoint(
 
 
 def _named(path: Path, data: dict, weights: dict, key: str) -> dict:
-    """Return what stands in `weights` under names that begin with `key`, without it."""
+    """Return the items of `weights` whose names begin with `key`, under names without it."""
     start = key.rstrip(".") + "."
     prefixes = (start, f"module.{start}")
     chosen = {
@@ -162,7 +168,7 @@ def _named(path: Path, data: dict, weights: dict, key: str) -> dict:
     }
     if not chosen:
         raise CheckpointError(
-            f"{path} has no weights under {key!r}; it has {listing(map(_shown, data), 8)}."
+            f"{path} has no weights under {key!r}. Choose from: {listing(map(_shown, data), 8)}."
         )
     return chosen
 
@@ -170,7 +176,7 @@ def _named(path: Path, data: dict, weights: dict, key: str) -> dict:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
-    except Exception as error:  # headers may name anything
+    except Exception as error:  # a broken header can raise anything
         raise not_a_checkpoint(path, str(error)) from error
 
 
@@ -192,11 +198,11 @@ def _tensors(path: Path, weights: dict, map_location: str | torch.device) -> dic
     if not tensors:
         inner = [_shown(k) for k, v in weights.items() if isinstance(v, dict) and _has_tensors(v)]
         choose = inner and (
-            f" Tensors are under {listing(inner, 8)}: choose by --key, or as MODEL.WEIGHTS "
-            f"{path}?key={inner[0]}"
+            f" Tensors are under {listing(inner, 8)}: choose with --key {inner[0]}, or with "
+            f"MODEL.WEIGHTS {path}?key={inner[0]}"
         )
         raise CheckpointError(
-            f"{path} holds no tensors under {', '.join(WRAPPERS[:2])} or at its top; it has "
+            f"{path} holds no tensors under {', '.join(WRAPPERS[:2])} or at its top level; it has "
             f"{listing(map(_shown, weights), 8) or 'nothing'}.{choose or ''}"
         )
     size = path.stat().st_size
@@ -207,7 +213,7 @@ def _tensors(path: Path, weights: dict, map_location: str | torch.device) -> dic
         check_weight(path, name, tensor)
     tensors = {name: tensor.to(map_location) for name, tensor in tensors.items()}
     if dropped:
-        logger.warning("%s: not tensors, and ignored: %s", path, listing(dropped))
+        logger.warning("%s: ignored, because they are not tensors: %s", path, listing(dropped))
     names = [name for name in tensors if name != "n_averaged"]  # of torch's AveragedModel
     if names and all(_PARALLEL_PREFIX.match(name) for name in names):
         tensors = {_PARALLEL_PREFIX.sub("", name, count=1): tensors[name] for name in names}

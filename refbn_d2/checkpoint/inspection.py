@@ -1,4 +1,4 @@
-"""What a checkpoint file is, in words: `tools/convert_checkpoint.py --inspect`."""
+"""Describe a checkpoint file in words: `tools/convert_checkpoint.py --inspect`."""
 
 import os
 import shlex
@@ -17,13 +17,13 @@ _STATISTICS = ("running_mean", "running_var", "ref_mean", "ref_var", *SCALARS)
 
 
 def describe(path: str | os.PathLike, key: str | None = None) -> str:
-    """Lines on `path`'s format, model, norms, size and training state, and on what loads it.
+    """Describe the format, model, norms, size and training state of `path`, and what loads it.
 
     Args:
-        key: as `load_checkpoint`'s.
+        key: see `load_checkpoint`.
 
     Raises:
-        FileNotFoundError, CheckpointError: `load_checkpoint`'s.
+        FileNotFoundError, CheckpointError: see `load_checkpoint`.
     """
     path = Path(path)
     checkpoint = load_checkpoint(path, key=key)
@@ -43,15 +43,15 @@ def describe(path: str | os.PathLike, key: str | None = None) -> str:
         ("model", _model(contents)),
         ("layout", LAYOUTS[contents.layout]),
         ("wrong shape", listing(wrong, 8)),
-        ("lacking", listing(missing, 8)),
-        ("no part of it", listing(without, 8)),
+        ("missing", listing(missing, 8)),
+        ("not part of it", listing(without, 8)),
     ]
     takes = "\n".join(_what_takes_it(contents, checkpoint, path))
     return f"{_table(rows)}\n\n{takes}\n{config_lines(contents.config())}"
 
 
 def config_lines(config: Mapping[str, Any]) -> str:
-    """KEY VALUE on a line each, as a command line takes them."""
+    """Return one line of KEY VALUE for each key, quoted for a command line."""
     return "\n".join(f"  {key} {shlex.quote(str(value))}" for key, value in config.items())
 
 
@@ -78,7 +78,7 @@ def _beside_the_weights(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, st
     yield (
         "averages",
         listing(
-            f"{key} (--key {key} takes them, or MODEL.WEIGHTS FILE?key={key})" for key in averages
+            f"{key} (choose with --key {key}, or MODEL.WEIGHTS FILE?key={key})" for key in averages
         ),
     )
     state = [
@@ -95,7 +95,8 @@ def _beside_the_weights(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, st
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and value.bit_length() < 64  # more digits may not print
+    # Python refuses to print integers of more than some thousand digits.
+    return isinstance(value, int) and value.bit_length() < 64
 
 
 def _what_takes_it(contents: Contents, checkpoint: Mapping[str, Any], path: Path) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Load a checkpoint's weights into a model, and say what fits."""
+"""Load a checkpoint's weights into a model, and report what fits."""
 
 import logging
 import os
@@ -18,22 +18,22 @@ from refbn_d2.utils.errors import CheckpointError, listing
 logger = logging.getLogger(__name__)
 
 
-# The share of the backbone's tensors that have to fit, for both the model's and the file's.
+# The share of the backbone's tensors that must fit: of the model's, and of the file's.
 MIN_BACKBONE_FILLED = 0.95
-# State beside the weights that one kind of norm has and another lacks: neither is an error.
+# State that only some kinds of norm have: it may be missing or unexpected.
 _BOOKKEEPING = re.compile(r"(.*\.)?(num_batches_tracked|ref_mean|ref_var|ref_count)")
-# In old Detectron2 checkpoints, since then made from the config; a classifier behind a backbone.
+# Tensors of old Detectron2 checkpoints, which now follow from the config; and a classifier.
 EXPENDABLE = re.compile(r"pixel_(mean|std)|.*anchor_generator\.cell_anchors\..*")
 _CLASSIFIER = re.compile(r"(backbone\.)?(bottom_up\.)?(stem\.)?(linear|fc)\.\w+")
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_weights` did, in the model's names."""
+    """The result of `load_weights`, in the model's names."""
 
     loaded: list[str]
-    missing: list[str]  # the model's, not in the file
-    unexpected: list[str]  # the file's, not in the model
+    missing: list[str]  # in the model, not in the file
+    unexpected: list[str]  # in the file, not in the model
     shape_mismatch: list[tuple[str, tuple[int, ...], tuple[int, ...]]]  # name, file's, model's
 
 
@@ -44,25 +44,25 @@ def load_weights(
     allow_partial: bool = False,
     arch: str = "",
 ) -> LoadReport:
-    """Load a state dict into `model` by names, and say what fitted.
+    """Load a state dict into `model` by names, and report what fits.
 
     Names may be torchvision's, timm's or Detectron2's, with or without the backbone's place
-    (`names.to_detectron2`), or another prefix (`prefixes.without_prefix`). BN, RefBN and FrozenBN
-    load into each other: a RefBN layer's reference starts from running statistics where the file
-    has none. Outside the backbone, tensors of another shape (a predictor of other classes) are
-    skipped with a warning. If an error is raised, the model is as it was.
+    (`names.to_detectron2`) or another prefix (`prefixes.without_prefix`). BN, RefBN and FrozenBN
+    load into each other. If the file has no reference, RefBN's starts from the running statistics.
+    Outside the backbone, tensors of another shape (a predictor for other classes) are skipped with
+    a warning. If an error is raised, the model is unchanged.
 
     Args:
-        state: as "model" of `load_checkpoint`.
+        state: "model" of `load_checkpoint`'s result.
         source: the file it is from, for messages.
-        allow_partial: let pass a backbone that fits in part, or is of another architecture.
-        arch: the name of the file's model, where it has one ("arch" of timm's checkpoints).
+        allow_partial: accept a backbone that fits only in part, or another architecture.
+        arch: the name of the file's model, if it stores one ("arch" in timm's checkpoints).
 
     Raises:
-        CheckpointError: nothing fits; the file is of an architecture that the model is not
-            (`resnets.recognize_unsupported`); more than 5 % of the backbone's tensors are without
-            counterpart, the model's in the file or the file's in the model; or a tensor is no
-            weight (`tensors.check_weight`).
+        CheckpointError: nothing fits; the file and the model have different architectures
+            (`resnets.recognize_unsupported`); over 5 % of the model's backbone tensors are not in
+            the file, or over 5 % of the file's not in the model; or a tensor cannot be a weight
+            (`tensors.check_weight`).
     """
     target = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     given = list(state)
@@ -88,8 +88,8 @@ def load_weights(
     weights = [name for name in loaded if not _BOOKKEEPING.fullmatch(name)]
     if not weights:
         raise CheckpointError(
-            f"{source}: no tensor fits the model.\n  The file has: {listing(given, 5)}\n"
-            f"  The model has: {listing(target, 5)}"
+            f"{source}: no tensor fits the model. Take a checkpoint of the model's architecture.\n"
+            f"  The file has: {listing(given, 5)}\n  The model has: {listing(target, 5)}"
         )
     _check_backbone(source, target, state, allow_partial)
 
@@ -98,8 +98,8 @@ def load_weights(
     _fill(model, {name: state[name] for name in loaded}, target, source)
 
     logger.info(
-        "%s: %d of the model's %d tensors loaded; %d not in the file, %d of another shape, "
-        "%d of the file's not in the model.",
+        "%s: loaded %d of the model's %d tensors. %d are not in the file, %d have another shape. "
+        "%d of the file's tensors are not in the model.",
         source,
         len(weights),
         len(weights) + len(missing) + len(mismatch),
@@ -125,7 +125,7 @@ def load_weights(
 def _fill(
     model: nn.Module, state: dict[str, Tensor], target: dict[str, Tensor], source: str | os.PathLike
 ) -> None:
-    """Load `state`; where that raises, every tensor of the model is as it was."""
+    """Load `state`; if that raises, restore every tensor of the model."""
     before = {name: tensor.clone() for name, tensor in target.items()}
     try:
         model.load_state_dict(state, strict=False)
@@ -134,7 +134,7 @@ def _fill(
             for name, tensor in target.items():
                 tensor.copy_(before[name])
         raise CheckpointError(
-            f"{source} does not load into the model, which stays as it was: {error}"
+            f"{source} does not load into the model, which is unchanged: {error}"
         ) from error
 
 
@@ -152,9 +152,9 @@ def _check_architecture(
         resnet = resnet_of(target)
         ours = f"a {resnet}" if resnet else "something else"
     message = (
-        f"{source} is {theirs}, and the model is {ours}: it would compute something else with "
-        "these weights. Take a checkpoint of the model's own "
-        f"architecture.\n  The file has: {listing(state, 5)}\n  The model has: {listing(target, 5)}"
+        f"{source} is {theirs}, but the model is {ours}: with these weights it would compute "
+        "something else. Take a checkpoint of the model's architecture.\n"
+        f"  The file has: {listing(state, 5)}\n  The model has: {listing(target, 5)}"
     )
     if not allow_partial:
         raise CheckpointError(message)

@@ -1,4 +1,4 @@
-"""Find the ResNet in a state dict whose names stand behind someone else's prefix."""
+"""Find the ResNet in a state dict whose names have an unknown prefix."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def resnet_of(tensors: Mapping[str, Tensor]) -> ResNetSpec | None:
-    """Return the ResNet that `tensors` are, or have in a backbone's place; None if none."""
+    """Return the ResNet that `tensors` are, or hold as a detector's backbone; None if none."""
     own = {name: resnet_name(name) for name in tensors}
     try:
         return infer_resnet({new[1]: tuple(tensors[n].shape) for n, new in own.items() if new})
@@ -25,19 +25,19 @@ def resnet_of(tensors: Mapping[str, Tensor]) -> ResNetSpec | None:
 def without_prefix(
     state: Mapping[str, Tensor], source: str | os.PathLike, model_keys: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """Return `state` without the one prefix that stands before a whole ResNet, and say so.
+    """Return `state` without the prefix before its ResNet's names, and log that it is dropped.
 
-    The prefix may be of any depth: `model.`, `net.encoder.`. A ResNet without prefix comes first.
-    Nothing changes where the model has the ResNet's names as they are.
+    The prefix may have several parts: `model.`, `net.encoder.`. Nothing changes if there is a
+    ResNet without a prefix, or if the model has the ResNet's names with the prefix.
 
     Args:
         source: the file it is from, for messages.
         model_keys: the names of the model that is to be loaded.
 
     Raises:
-        CheckpointError: there are ResNets behind several prefixes; names them and what chooses.
+        CheckpointError: there are ResNets under several prefixes; lists them.
     """
-    groups: dict[str, dict[str, Tensor]] = {}  # prefix -> the tensors behind it, by their own names
+    groups: dict[str, dict[str, Tensor]] = {}  # prefix -> {name without it: tensor}
     for name, tensor in state.items():
         if (prefix := resnet_prefix(name)) is not None:
             groups.setdefault(prefix, {})[name.removeprefix(prefix)] = tensor
@@ -48,9 +48,9 @@ def without_prefix(
     if len(found) > 1:
         keys = [prefix.rstrip(".") for prefix in found]
         raise CheckpointError(
-            f"{source} holds several ResNets, under {listing(keys, 8)}: choose by --key {keys[0]}, "
-            f"or as MODEL.WEIGHTS {source}?key={keys[0]}"
+            f"{source} holds several ResNets, under {listing(keys, 8)}: choose with --key "
+            f"{keys[0]}, or with MODEL.WEIGHTS {source}?key={keys[0]}"
         )
     prefix = found[0]
-    logger.info("%s: its ResNet stands behind %r, which is dropped.", source, prefix)
+    logger.info("%s: dropped the prefix %r of its ResNet's names.", source, prefix)
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}

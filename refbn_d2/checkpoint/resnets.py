@@ -1,7 +1,7 @@
-"""The ResNets that Detectron2 can build: their tensors, and which one a state dict is.
+"""Describe the ResNets that Detectron2 can build, and infer which one a state dict holds.
 
-Names here are Detectron2's without a place ("res2.0.conv1.weight"); shapes are those of state
-dicts, a convolution's (out, in / groups, kernel, kernel).
+Names are Detectron2's without a place ("res2.0.conv1.weight"). Shapes are those of a state dict: a
+convolution's weight is (out, in / groups, kernel, kernel).
 """
 
 import re
@@ -11,7 +11,7 @@ from statistics import mode
 
 from refbn_d2.utils.errors import CheckpointError
 
-# Blocks of res2..res5 by depth; bottlenecks from 50 on.
+# Blocks of res2..res5 by depth; from 50 on they are bottlenecks.
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 BLOCKS[152] = (3, 8, 36, 3)
 
@@ -23,11 +23,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ResNetSpec:
-    """A ResNet or ResNeXt with the basic stem, a 7x7 convolution, up to res<last_stage>."""
+    """A ResNet or ResNeXt up to res<last_stage>, whose stem is one 7x7 convolution."""
 
     depth: int
     groups: int = 1
-    width: int = 64  # channels a group of res2's bottlenecks
+    width: int = 64  # channels per group of res2's bottlenecks
     stem: int = 64  # channels of the stem
     res2: int = 256  # channels of res2, doubled by each stage; 64 below depth 50
     last_stage: int = 5
@@ -44,11 +44,11 @@ class ResNetSpec:
 
     @property
     def is_torchvisions(self) -> bool:
-        """torchvision's class can be built with it."""
+        """Return whether torchvision's ResNet class can build it."""
         return (self.stem, self.res2) == (64, 256 if self.depth >= 50 else 64)
 
     def convolutions(self) -> Iterator[tuple[str, Shape]]:
-        """(layer, shape of its weight), in the order of the forward pass."""
+        """Yield (layer, shape of its weight), in the order of the forward pass."""
         yield "stem.conv1", (self.stem, 3, 7, 7)
         inputs = self.stem
         for stage in range(2, self.last_stage + 1):
@@ -68,7 +68,7 @@ class ResNetSpec:
                 inputs = outputs
 
     def shapes(self, norm: Iterable[str]) -> dict[str, Shape]:
-        """{name: shape} of every convolution's weight, and of the tensors `norm` in its norm."""
+        """Return {name: shape} of all convolutions' weights and of the tensors `norm` of norms."""
         shapes = {}
         for layer, shape in self.convolutions():
             shapes[f"{layer}.weight"] = shape
@@ -76,7 +76,7 @@ class ResNetSpec:
         return shapes
 
     def config(self) -> dict[str, int]:
-        """{key: value} of MODEL.RESNETS with which Detectron2 builds it."""
+        """Return {key: value} of MODEL.RESNETS with which Detectron2 builds it."""
         values = {
             "DEPTH": self.depth,
             "NUM_GROUPS": self.groups,
@@ -88,10 +88,10 @@ class ResNetSpec:
 
 
 def infer_resnet(shapes: Mapping[str, Shape]) -> ResNetSpec:
-    """The ResNet to which most of the tensors belong, though some may lack or be of other shapes.
+    """Return the ResNet that most tensors belong to; some may be missing or have other shapes.
 
     Raises:
-        CheckpointError: it is none that Detectron2 can build.
+        CheckpointError: Detectron2 cannot build it.
     """
     layers = {}  # (stage, block, convolution) -> shape
     for name, shape in shapes.items():
@@ -99,7 +99,7 @@ def infer_resnet(shapes: Mapping[str, Shape]) -> ResNetSpec:
         if match and len(shape) == 4:
             layers[tuple(map(int, match.groups()))] = shape
     if not layers:
-        raise CheckpointError("it has no block of one")
+        raise CheckpointError("it has no block of a ResNet")
     last_stage = max(stage for stage, _, _ in layers)
     blocks = tuple(
         max((block + 1 for at, block, _ in layers if at == stage), default=0)
@@ -111,10 +111,10 @@ def infer_resnet(shapes: Mapping[str, Shape]) -> ResNetSpec:
     depth = next(fitting, None)
     if depth is None:
         raise CheckpointError(
-            f"its stages have {_numbers(blocks)} blocks of {last_conv} convolutions; "
+            f"its stages have {_numbers(blocks)} blocks of {last_conv} convolutions; allowed: "
             + ", ".join(f"ResNet-{d} has {_numbers(b)} of {c}" for d, (b, c) in known.items())
         )
-    # Votes, so that one tensor of a wrong shape is told from the others.
+    # The majority decides, so that a single tensor of a wrong shape does not change the result.
     stems = [
         shapes[name][axis]
         for name, axis in (
@@ -141,8 +141,8 @@ def _numbers(blocks: Iterable[int]) -> str:
     return " ".join(map(str, blocks))
 
 
-# What else people have: each pattern matches the beginning of one of its names, behind a backbone's
-# place. The first that fits is it.
+# Other known architectures. Each pattern must match the beginning of some name (after a place). The
+# first row whose patterns all match decides.
 _OTHERS = (
     ("a ResNet with a deep stem", r"(conv1\.\d|stem\.conv[23])\.", r"(layer1|res2)\."),
     ("a ResNet with attention in its blocks (SE, ECA)", r"layer\d\.\d+\.(se|attn)\."),
@@ -171,15 +171,15 @@ _OTHERS = (
 
 
 def recognize_unsupported(names: Iterable[str], arch: str = "") -> str | None:
-    """Return what a state dict with these names is, if it is known and no ResNet of Detectron2's.
+    """Return a known architecture that Detectron2 does not build, by its tensors' names; or None.
 
     Args:
-        arch: the model's name, where the file tells it ("arch" of timm's checkpoints).
+        arch: the model's name, if the file stores it ("arch" in timm's checkpoints).
     """
     own_names = [re.sub(r"^backbone\.(bottom_up\.)?", "", name) for name in names]
     for what, *patterns in _OTHERS:
         if all(any(re.match(pattern, name) for name in own_names) for pattern in patterns):
             return what
-    if re.search("resnet(aa|blur)", arch):  # its tensors do not tell
+    if re.search("resnet(aa|blur)", arch):  # its tensors are a plain ResNet's
         return "an anti-aliased ResNet"
     return None

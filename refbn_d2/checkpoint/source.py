@@ -1,8 +1,10 @@
-"""MODEL.WEIGHTS: a file, and after a question mark what to do with it, as Detectron2 has it.
+"""Parse MODEL.WEIGHTS: a file and, after a question mark, options, as in Detectron2.
 
-resnet50.pth
-moco.pth?key=encoder_q
-detectron.pkl?matching_heuristics=True&key=model_ema
+Examples:
+
+    resnet50.pth
+    moco.pth?key=encoder_q
+    detectron.pkl?matching_heuristics=True&key=model_ema
 """
 
 from dataclasses import dataclass
@@ -14,10 +16,10 @@ from refbn_d2.utils.errors import CheckpointError
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """A value of MODEL.WEIGHTS, taken apart."""
+    """A parsed value of MODEL.WEIGHTS."""
 
     file: str  # or a URL
-    key: str | None = None  # `load_checkpoint`'s
+    key: str | None = None  # see `load_checkpoint`
     matching_heuristics: bool = False  # match names by their ends, as Detectron2 does
 
     @property
@@ -27,10 +29,10 @@ class WeightsSource:
 
 
 def parse_source(text: str) -> WeightsSource:
-    """Take `FILE?key=KEY&matching_heuristics=True` apart.
+    """Parse `FILE?key=KEY&matching_heuristics=True`.
 
     Raises:
-        CheckpointError: something else stands after the question mark.
+        CheckpointError: there is something else after the question mark.
     """
     file, _, query = text.partition("?")
     fields = parse_qs(query, keep_blank_values=True)
@@ -38,16 +40,16 @@ def parse_source(text: str) -> WeightsSource:
     valid = len(key) == 1 and key[0] != "" and heuristics in (["True"], ["False"])
     if fields or not valid or (query and "=" not in query):
         raise CheckpointError(
-            f"MODEL.WEIGHTS {text}: after the question mark may stand key=KEY, where in the file "
-            "the weights are, and matching_heuristics=True, joined by &."
+            f"MODEL.WEIGHTS {text}: allowed after the question mark are key=KEY, where KEY says "
+            "where in the file the weights are, and matching_heuristics=True, joined by &."
         )
     return WeightsSource(file, key[0], heuristics == ["True"])
 
 
 def load_source(text: str) -> dict:
-    """`load_checkpoint` of the file that MODEL.WEIGHTS names, with its key.
+    """Load the checkpoint file that MODEL.WEIGHTS names, with its key.
 
-    `matching_heuristics` is left to Detectron2: here names are matched by rule
+    `matching_heuristics` has no effect: this package matches names by rules
     (`loading.load_weights`).
 
     Raises:
@@ -57,7 +59,7 @@ def load_source(text: str) -> dict:
     source = parse_source(text)
     if source.is_url:
         raise CheckpointError(
-            f"MODEL.WEIGHTS {text} is a URL, which only the Detectron2 engine fetches: take "
-            "--engine detectron2, or download the file and name its path."
+            f"MODEL.WEIGHTS {text} is a URL, which only the Detectron2 engine downloads: use "
+            "--engine detectron2, or download the file and give its path."
         )
     return load_checkpoint(source.file, key=source.key)

@@ -1,4 +1,4 @@
-"""Which tensors can be weights."""
+"""Check that tensors can be weights, and make tensors of arrays."""
 
 import os
 from typing import Any
@@ -11,10 +11,13 @@ from refbn_d2.utils.errors import CheckpointError
 
 
 def check_weight(source: str | os.PathLike, name: str, tensor: Tensor) -> None:
-    """Raise CheckpointError if `tensor` is none that a model can be loaded from.
+    """Return if `tensor` can be a weight: dense, and of finite real numbers.
 
     Args:
         source: the file it is from, for the message.
+
+    Raises:
+        CheckpointError: it cannot; says why.
     """
     if reason := _refusal(tensor):
         raise CheckpointError(
@@ -27,14 +30,14 @@ def to_tensor(source: str | os.PathLike, name: str, array: np.ndarray) -> Tensor
     """Return a copy of `array` as a tensor, in the machine's byte order.
 
     Raises:
-        CheckpointError: torch has no such numbers.
+        CheckpointError: torch has no such data type.
     """
     try:
         return torch.tensor(array.astype(array.dtype.newbyteorder("=")))
     except TypeError:
         raise CheckpointError(
-            f"{source}: {name} is an array of {array.dtype}, which torch does not have: save it as "
-            "float32."
+            f"{source}: {name} is an array of {array.dtype}, a type that torch does not have: save "
+            "it as float32."
         ) from None
 
 

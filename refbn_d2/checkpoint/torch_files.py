@@ -1,8 +1,9 @@
-"""Read torch.save's files: their declared sizes are checked before torch reads them.
+"""Read files of torch.save, after a check of the sizes that they declare.
 
-torch.load(weights_only=True) runs no code, but its unpickler calls whatever is on its list, and
-`bytearray(6_000_000_000)` or `FloatTensor(64)`, 64 numbers of uninitialized memory, are. So the
-pickle is read before by an unpickler that builds nothing and compares sizes with the file.
+torch.load(weights_only=True) runs no code, but its unpickler calls the functions on its list. Among
+them are `bytearray(6_000_000_000)` and `FloatTensor(64)`, which is 64 numbers of uninitialized
+memory. So another unpickler reads the pickle first. It builds nothing, and compares every declared
+size with the file's.
 """
 
 import io
@@ -30,10 +31,10 @@ from refbn_d2.checkpoint.unpickling import (
 )
 from refbn_d2.utils.errors import CheckpointError
 
-LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how torch < 1.6 begins a file
+LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # begins a file of torch < 1.6
 _LEGACY_PICKLES = 5  # magic number, protocol, system, the object, the keys of its storages
 
-# Bytes an element has in a storage of this name; asking the classes themselves warns.
+# Bytes per element of a storage with this name; to ask the classes raises a warning.
 _ITEMSIZES = {"ComplexDouble": 16, "ComplexFloat": 8, "Double": 8, "Long": 8}
 _ITEMSIZES |= dict.fromkeys(("Float", "Int", "QInt32"), 4)
 _ITEMSIZES |= dict.fromkeys(("Half", "BFloat16", "Short"), 2)
@@ -42,10 +43,11 @@ _ITEMSIZES |= dict.fromkeys(("QUInt4x2", "QUInt2x4"), 1)
 
 
 def read_torch(path: Path, map_location: str | torch.device) -> Any:
-    """Return what torch.save wrote to `path`; nothing in the file is run.
+    """Return what torch.save wrote to `path`, without running code from the file.
 
     Raises:
-        CheckpointError: it holds code, declares more than it holds, is cut off or a program.
+        CheckpointError: the file holds code, declares more than it holds, is cut off, or is a
+            TorchScript program.
     """
     try:
         _check_sizes(path)
@@ -57,7 +59,7 @@ def read_torch(path: Path, map_location: str | torch.device) -> Any:
         raise holds_code(path, str(refused)) from None
     except Oversized as oversized:
         raise declares_too_much(path, str(oversized)) from None
-    except Exception as error:  # by the content: unpickling, zip and runtime errors alike
+    except Exception as error:  # the content decides: unpickling, zip or runtime errors
         text = str(error)
         if code := re.search(r"GLOBAL (\S+)", text):
             raise holds_code(path, code[1]) from error
@@ -67,7 +69,7 @@ def read_torch(path: Path, map_location: str | torch.device) -> Any:
 def _check_sizes(path: Path) -> None:
     size = path.stat().st_size
     with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"  # torch's own rule
+        is_zip = file.read(4) == b"PK\x03\x04"  # torch's rule
     if not is_zip:
         data, end = path.read_bytes(), 0
         for _ in range(_LEGACY_PICKLES):
@@ -90,7 +92,7 @@ def _check_sizes(path: Path) -> None:
 
 
 class _Anything:
-    """Stands in for every object that takes no memory to speak of."""
+    """A stand-in for every object that takes hardly any memory."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -110,13 +112,13 @@ class _Storage:
 
 
 class _Sizes(pickle.Unpickler):
-    """Reads a pickle of torch's, builds nothing of it, and raises where a size cannot be."""
+    """Read torch's pickles without building anything; raise if a declared size is impossible."""
 
     def __init__(self, data: bytes, file_size: int) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self._file_size = file_size
         self._storages: dict[str, int] = {}  # key -> bytes
-        self._left = file_size  # elements that may be copied from one container into another
+        self._left = file_size  # elements that may still be copied between containers
         copies = ("builtins.bytearray", "builtins.set", "collections.Counter", "_codecs.encode")
         self._known: dict[str, Any] = {
             **dict.fromkeys((*copies, "collections.OrderedDict"), Function(self._copy)),
@@ -133,7 +135,7 @@ class _Sizes(pickle.Unpickler):
         full = f"{IMPORT_MAPPING.get(module, module)}.{name}"
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name.endswith(("Tensor", "Storage")):
-            return Name(full)  # not to be called
+            return Name(full)  # cannot be called
         return self._known.get(full, _Anything)
 
     def _copy(self, content: Any = (), *codec: Any) -> PlainDict:
@@ -141,14 +143,14 @@ class _Sizes(pickle.Unpickler):
             raise Oversized(f"{content} bytes of nothing")
         self._left -= len(content)
         if self._left < 0:
-            raise Oversized("its parts are used so often that they would fill the memory")
+            raise Oversized("its parts are repeated so often that they would fill the memory")
         return PlainDict()
 
     def persistent_load(self, pid: tuple) -> _Storage:
         _, kind, key, _, numel, *_ = pid
         itemsize = _ITEMSIZES[kind.name.rpartition(".")[2].removesuffix("Storage")]
         if type(numel) is not int or numel < 0 or not isinstance(key, str):
-            raise ValueError("a storage without size")
+            raise ValueError("a storage without a size")
         self._storages[key] = max(numel * itemsize, self._storages.get(key, 0))
         declared = sum(self._storages.values())
         if declared > self._file_size:
@@ -167,7 +169,7 @@ class _Sizes(pickle.Unpickler):
     ) -> _Anything:
         numbers = (offset, *size, *stride)
         if any(type(n) is not int or n < 0 for n in numbers) or len(size) != len(stride):
-            raise ValueError("a tensor without shape")
+            raise ValueError("a tensor without a shape")
         count = math.prod(size)
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         declared = count * storage.itemsize

@@ -1,8 +1,8 @@
 """Read pickles of numpy arrays without running their code.
 
-A pickle is a program: it names functions and calls them on bytes of its own. So numpy's functions
-are never handed out, for `numpy.ndarray(shape, "O", buffer)` makes any address an object. Stand-ins
-take their place. They build arrays of booleans and numbers from bytes that the file really holds.
+A pickle is a program: it names functions and calls them on its own bytes. numpy's functions are
+unsafe: `numpy.ndarray(shape, "O", buffer)` turns any address into an object. So a pickle gets
+stand-ins instead. They build only arrays of booleans and numbers, from bytes that the file holds.
 """
 
 import io
@@ -12,20 +12,20 @@ import pickletools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from refbn_d2.utils.errors import CheckpointError
 
 _BYTE_ORDERS = ("<", ">", "=", "|")
-_MAX_DEPTH = 100  # of a tuple in tuples
-_MAX_SHARING = 10  # how often a tuple may have the same part, in parts by byte of the file
+_MAX_DEPTH = 100  # of nested tuples
+_MAX_SHARING = 10  # parts of a tuple, repeated ones included, per byte of the file
 _MUTATORS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
 
 
 class Refused(Exception):
-    """A pickle asks for something that a checkpoint has no use for; the message names it."""
+    """A pickle asks for something that no checkpoint needs; the message names it."""
 
 
 class Oversized(Exception):
@@ -33,7 +33,7 @@ class Oversized(Exception):
 
 
 class Function:
-    """A function that a pickle can call, and do nothing else with."""
+    """A function that a pickle can only call."""
 
     __slots__ = ("_run",)
 
@@ -44,11 +44,11 @@ class Function:
         return self._run(*args)
 
     def __setstate__(self, state: Any) -> None:
-        raise Refused("changes a function")
+        raise Refused("a change of a function")
 
 
 class Name:
-    """A name that a pickle can pass on, and do nothing else with."""
+    """A name that a pickle can only pass on as an argument."""
 
     __slots__ = ("name",)
 
@@ -59,11 +59,11 @@ class Name:
         raise Refused(f"a call of {self.name}")
 
     def __setstate__(self, state: Any) -> None:
-        raise Refused(f"changes {self.name}")
+        raise Refused(f"a change of {self.name}")
 
 
 class Namespace(Mapping):
-    """Stands in for argparse.Namespace, which training scripts save beside the weights."""
+    """A stand-in for argparse.Namespace, which training scripts save with the weights."""
 
     __slots__ = ("_values",)
 
@@ -74,8 +74,8 @@ class Namespace(Mapping):
 
     def __setstate__(self, state: Any) -> None:
         if type(state) is not dict:
-            raise Refused("a Namespace that is none")
-        self._values = state  # not copied: a pickle can do this a million times
+            raise Refused("a Namespace without a dict")
+        self._values = state  # not copied, because a pickle can repeat this a million times
 
     def __getitem__(self, key: str) -> Any:
         return self._values[key]
@@ -88,20 +88,21 @@ class Namespace(Mapping):
 
 
 class PlainDict(dict):
-    """Stands in for OrderedDict, whose own attributes can hide its methods."""
+    """A stand-in for OrderedDict, whose instance attributes can hide its methods."""
 
     __slots__ = ()
 
     def __setstate__(self, state: Any) -> None:
-        if not isinstance(state, dict) or state.keys() - {"_metadata"}:  # torch's state_dict()
-            raise Refused("an OrderedDict with attributes of its own")
+        # A state_dict() of torch has _metadata.
+        if not isinstance(state, dict) or state.keys() - {"_metadata"}:
+            raise Refused("an OrderedDict with attributes")
 
 
 class _Dtype:
-    """Stands in for numpy.dtype: a boolean or a number, and its byte order."""
+    """A stand-in for numpy.dtype: a boolean or a number, and its byte order."""
 
     __slots__ = ("dtype",)
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, code: str, align: Any = False, copy: Any = True) -> None:
         if not isinstance(code, str) or not re.fullmatch(r"[biufc]\d{1,2}", code):
@@ -116,13 +117,14 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for the array that `_reconstruct` makes and the next instruction fills."""
+    """A stand-in for the array that `_reconstruct` makes and the next instruction fills."""
 
     __slots__ = ("_build", "array")
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, build: Callable[..., np.ndarray]) -> None:
-        self._build, self.array = build, None
+        self._build = build
+        self.array: np.ndarray | None = None
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran, data = state
@@ -133,11 +135,12 @@ _NDARRAY = Name("numpy.ndarray")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads numpy arrays and plain containers; imports nothing."""
+    """Read numpy arrays and plain containers, and import nothing."""
 
     def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data), encoding="latin1")  # as Detectron2: Python 2 wrote some
-        self._left = 2 * len(data)  # bytes that may be copied: once decoded, once into an array
+        # Python 2 wrote some of Detectron2's files, which it too reads as latin1.
+        super().__init__(io.BytesIO(data), encoding="latin1")
+        self._left = 2 * len(data)  # bytes that may be copied: in decoding, and into an array
         self._known = {
             ("numpy", "ndarray"): _NDARRAY,
             ("numpy", "dtype"): Function(_Dtype),
@@ -145,11 +148,12 @@ class _ArrayUnpickler(pickle.Unpickler):
             ("argparse", "Namespace"): Namespace,
             ("builtins", "set"): Function(self._set),
             ("__builtin__", "set"): Function(self._set),
-            ("_codecs", "encode"): Function(self._encode),  # bytes, in protocols below 3,
-            ("__builtin__", "bytes"): Function(bytes_of_nothing),  # and b""
+            # How protocols below 3 write bytes, and b"".
+            ("_codecs", "encode"): Function(self._encode),
+            ("__builtin__", "bytes"): Function(bytes_of_nothing),
             ("builtins", "bytes"): Function(bytes_of_nothing),
         }
-        for core in ("core", "_core"):  # numpy 1's and numpy 2's
+        for core in ("core", "_core"):  # in numpy 1 and in numpy 2
             self._known |= {
                 (f"numpy.{core}.multiarray", "_reconstruct"): Function(self._reconstruct),
                 (f"numpy.{core}.multiarray", "scalar"): Function(self._scalar),
@@ -164,7 +168,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     def _take(self, count: int) -> None:
         self._left -= count
         if self._left < 0:
-            raise Oversized("its parts are used so often that they would fill the memory")
+            raise Oversized("its parts are repeated so often that they would fill the memory")
 
     def _dict(self, pairs: Any = ()) -> PlainDict:
         self._take(len(pairs))
@@ -183,19 +187,20 @@ class _ArrayUnpickler(pickle.Unpickler):
             raise Refused("a numpy array of another class")
         return _Array(self._array)
 
-    def _scalar(self, dtype: Any, data: Any = b"") -> np.generic:
+    def _scalar(self, dtype: Any, data: Any = b"") -> Any:
         return self._array(data, dtype, ())[()]
 
     def _from_buffer(
         self, data: Any, dtype: Any, shape: Any, order: Any, axes: tuple | None = None
     ) -> _Array:
         filled = _Array(self._array)
-        filled.array = self._array(data, dtype, shape, "F" if order == "F" else "C")
-        if axes is not None:
-            filled.array = filled.array.transpose(axes)
+        array = self._array(data, dtype, shape, "F" if order == "F" else "C")
+        filled.array = array if axes is None else array.transpose(axes)
         return filled
 
-    def _array(self, data: Any, dtype: Any, shape: Any, order: str = "C") -> np.ndarray:
+    def _array(
+        self, data: Any, dtype: Any, shape: Any, order: Literal["C", "F"] = "C"
+    ) -> np.ndarray:
         if not isinstance(dtype, _Dtype):
             raise Refused("numpy arrays of objects")
         if isinstance(data, str):  # Python 2's bytes
@@ -212,7 +217,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def bytes_of_nothing() -> bytes:
-    """Return b"", as protocols below 3 write it; bytes(6_000_000_000) would take the memory."""
+    """Return b""; the real bytes(6_000_000_000) would fill the memory."""
     return b""
 
 
@@ -220,7 +225,7 @@ def read_pickle(path: Path) -> Any:
     """Return what the pickle at `path` holds: arrays and plain containers.
 
     Raises:
-        CheckpointError: it asks for anything else, declares more than it holds, or is no pickle.
+        CheckpointError: it asks for anything else, declares more than it holds, or is not a pickle.
     """
     try:
         data = path.read_bytes()
@@ -230,28 +235,29 @@ def read_pickle(path: Path) -> Any:
         raise holds_code(path, str(refused)) from None
     except Oversized as oversized:
         raise declares_too_much(path, str(oversized)) from None
-    except Exception as error:  # anything may come out of bytes that are no pickle
+    except Exception as error:  # bytes that are not a pickle can raise anything
         raise not_a_checkpoint(path, str(error)) from error
 
 
 def check_instructions(data: bytes, start: int = 0) -> int:
-    """Return where the pickle that begins at `start` ends; none of it is run.
+    """Check the pickle that begins at `start` without running it, and return where it ends.
 
-    Python's unpickler takes memory for what an instruction declares, before it looks for it. And it
-    hashes tuples: one that is nested a million times crashes the process, and one of 60 bytes,
-    which has itself in it twice and again, is never done.
+    Python's unpickler takes the memory that an instruction declares before it reads the data. It
+    also hashes tuples. A tuple that is nested a million times crashes the process. A tuple that
+    holds the same tuple twice, and so on for 60 levels, takes forever to hash.
 
     Raises:
-        Oversized: an instruction declares more than the file holds, or a tuple is of that kind.
-        ValueError, IndexError, KeyError: it is no pickle.
+        Oversized: an instruction declares more than the file holds, or there is such a tuple.
+        ValueError, IndexError, KeyError: it is not a pickle.
     """
     file = io.BytesIO(data)
     file.seek(start)
     stack: list[tuple[int, int] | None] = []  # depth and size of each object; None is a mark
     memo: dict[int, tuple[int, int] | None] = {}
+    argument: Any
     for instruction, argument, _ in pickletools.genops(file):
         name = instruction.name
-        if "PUT" in name and argument > len(data):  # a place in a table
+        if "PUT" in name and argument > len(data):  # the unpickler grows its table to this index
             raise Oversized(f"{name} {argument} in {len(data)} bytes")
         if "PUT" in name or name == "MEMOIZE":
             memo[len(memo) if argument is None else int(argument)] = stack[-1]
@@ -269,13 +275,13 @@ def check_instructions(data: bytes, start: int = 0) -> int:
                 stack.append((depth, size))
             elif name in _MUTATORS:
                 stack.append(parts[0])
-            else:  # new, and not hashed by its content
+            else:  # a new object, which is not hashed by its content
                 stack += [(1, 1)] * len(instruction.stack_after)
     return file.tell()
 
 
 def _popped(stack: list, instruction: pickletools.OpcodeInfo) -> list[tuple[int, int]]:
-    """Take from `stack` what `instruction` takes, up to a mark if it asks for one."""
+    """Pop from `stack` what `instruction` pops, down to a mark if it asks for one."""
     before, parts = instruction.stack_before, []
     count = len(before)
     if pickletools.markobject in before:
@@ -284,15 +290,15 @@ def _popped(stack: list, instruction: pickletools.OpcodeInfo) -> list[tuple[int,
         count = before.index(pickletools.markobject)
     for _ in range(count):
         if (part := stack.pop()) is None:
-            raise ValueError("a mark in the place of an object")
+            raise ValueError("a mark instead of an object")
         parts.append(part)
     return parts[::-1]
 
 
 def _plain(value: Any, done: dict[int, Any]) -> Any:
-    """Return `value` with arrays, dtypes and dicts for their stand-ins.
+    """Return `value` with its stand-ins replaced by arrays, dtypes and dicts.
 
-    `done` holds the results by id: what is shared stays shared, and cycles end.
+    `done` holds the results by id, so that shared objects stay shared and cycles end.
     """
     if isinstance(value, _Array):
         if value.array is None:
@@ -301,7 +307,7 @@ def _plain(value: Any, done: dict[int, Any]) -> Any:
     if isinstance(value, _Dtype):
         return value.dtype
     if isinstance(value, Name | Function) or isinstance(value, type):
-        raise Refused("a name that nothing is done with")
+        raise Refused("a name that is never used")
     if isinstance(value, Namespace):
         return _plain(value._values, done)
     if id(value) in done or not isinstance(value, dict | list | tuple):
@@ -309,34 +315,36 @@ def _plain(value: Any, done: dict[int, Any]) -> Any:
     if isinstance(value, tuple):
         done[id(value)] = tuple(_plain(item, done) for item in value)
     elif isinstance(value, list):
-        done[id(value)] = items = []
+        items: list[Any] = []
+        done[id(value)] = items
         items.extend(_plain(item, done) for item in value)
     else:
-        done[id(value)] = items = {}
-        items.update((key, _plain(item, done)) for key, item in value.items())
+        pairs: dict[Any, Any] = {}
+        done[id(value)] = pairs
+        pairs.update((key, _plain(item, done)) for key, item in value.items())
     return done[id(value)]
 
 
 def holds_code(path: Path, what: str) -> CheckpointError:
-    """Return the error of a file that would run code; `what` names it."""
+    """Return the error for a file that would run code; `what` names the code."""
     return CheckpointError(
-        f"{path} holds code or objects ({what}); it was refused, and nothing of it was run. A "
+        f"{path} holds code or objects ({what}). It was refused, and none of it was run. A "
         "checkpoint may hold only tensors, arrays and plain containers: save a state_dict()."
     )
 
 
 def declares_too_much(path: Path, what: str) -> CheckpointError:
-    """Return the error of a file that declares more than it holds; `what` says what."""
+    """Return the error for a file that declares more than it holds; `what` says what."""
     return CheckpointError(
-        f"{path} declares more data than it holds ({what}); it was refused before memory was taken "
-        "for it. Is it whole? Save it again from its source."
+        f"{path} declares more data than it holds ({what}). It was refused before it took any "
+        "memory. Copy or download it again, or save it again."
     )
 
 
 def not_a_checkpoint(path: Path, why: str) -> CheckpointError:
-    """Return the error of a file that cannot be read; `why` is what the reader said."""
-    why = why.strip().splitlines()
+    """Return the error for a file that cannot be read; `why` is the reader's error."""
+    lines = why.strip().splitlines()
     return CheckpointError(
-        f"{path} is cut off or no checkpoint ({why[-1] if why else 'unreadable'}): is it whole, "
-        "and not a web page or a pointer to a file kept elsewhere?"
+        f"{path} is cut off or not a checkpoint ({lines[-1] if lines else 'unreadable'}). Download "
+        "it again, and check that it is not a web page or a Git LFS pointer."
     )

@@ -1,7 +1,7 @@
-"""Datasets by name: Detectron2's names and paths for COCO, one's own, and the synthetic shapes.
+"""Look up data sets by name: COCO by Detectron2's names, your own, and the synthetic shapes.
 
-Paths lie under the folder named by the environment's DETECTRON2_DATASETS ("./datasets" by default),
-read when a name is asked for. See `refbn_d2.data.shapes` for the set behind `shapes_*`.
+Paths start from the folder in the environment variable DETECTRON2_DATASETS ("./datasets" by
+default), which is read at each look-up. `refbn_d2.data.shapes` describes the sets `shapes_*`.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from refbn_d2.data import shapes
 from refbn_d2.utils.errors import ConfigError
 
-# name -> (image root, json), both under the datasets' root
+# name -> (image root, json), both relative to the root of the data sets
 _COCO = {
     "coco_2014_train": ("coco/train2014", "coco/annotations/instances_train2014.json"),
     "coco_2014_val": ("coco/val2014", "coco/annotations/instances_val2014.json"),
@@ -33,12 +33,12 @@ _SHAPES = {
     for part in (split, *(f"{split}_{domain}" for domain in shapes.DOMAINS))
 }
 _BUILTIN = _COCO | _SHAPES
-SHAPES = tuple(_SHAPES)  # names of the synthetic sets, made where they are first used
+SHAPES = tuple(_SHAPES)  # names of the synthetic sets, which are drawn on first use
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A COCO-format dataset: images named in `json_file` lie under `image_root`."""
+    """A data set in COCO's format; the image names in `json_file` are relative to `image_root`."""
 
     name: str
     json_file: Path
@@ -55,32 +55,33 @@ def _builtin(name: str) -> Dataset:
 
 
 def names() -> list[str]:
-    """All names `get` knows, sorted."""
+    """Return all names that `get` knows, sorted."""
     return sorted(_BUILTIN | _registered)
 
 
 def find(name: str) -> Dataset:
-    """Where the dataset called `name` lies. Whether its files exist is for its reader to find out.
+    """Return the data set called `name`, without a check that its files exist.
 
     Raises:
-        ConfigError: no dataset has this name.
+        ConfigError: no data set has this name.
     """
     if name in _registered:
         return _registered[name]
     if name not in _BUILTIN:
         raise ConfigError(
-            f"no dataset is called {name!r}. Register it, by DATASETS.REGISTER (({name!r}, json, "
-            f"image_root),) in the config or register_coco_instances. Known: {', '.join(names())}"
+            f"no data set is called {name!r}. Known: {', '.join(names())}. Register your own with "
+            f"DATASETS.REGISTER (({name!r}, json, image_root),) in the config, or with "
+            "register_coco_instances"
         )
     return _builtin(name)
 
 
 def get(name: str) -> Dataset:
-    """As `find`; a `shapes_*` set is made on first use.
+    """Return the data set called `name`; a `shapes_*` set is drawn on first use.
 
     Raises:
-        ConfigError: no dataset has this name.
-        FileExistsError: something else lies where a `shapes_*` set belongs.
+        ConfigError: no data set has this name.
+        FileExistsError: there is something else in the folder of a `shapes_*` set.
     """
     dataset = find(name)
     if name in SHAPES and name not in _registered:
@@ -91,23 +92,23 @@ def get(name: str) -> Dataset:
 def register_coco_instances(
     name: str, json_file: str | os.PathLike, image_root: str | os.PathLike
 ) -> None:
-    """Gives a name to one's own COCO-format data. The same again changes nothing.
+    """Register your own data in COCO's format under a name; a repeated call changes nothing.
 
     Args:
-        name: to be used in DATASETS.TRAIN and DATASETS.TEST.
+        name: the name for DATASETS.TRAIN and DATASETS.TEST.
         json_file: its annotations.
-        image_root: the folder that the json's file names start from.
+        image_root: the folder that the file names in the json are relative to.
 
     Raises:
-        ConfigError: the name is empty, or belongs to other files.
+        ConfigError: the name is empty, or other data has it.
     """
     if not isinstance(name, str) or not name:
-        raise ConfigError(f"a dataset's name must be a non-empty string, not {name!r}")
+        raise ConfigError(f"the name of a data set must be a non-empty string, not {name!r}")
     dataset = Dataset(name, Path(json_file), Path(image_root))
     known = _registered.get(name) or (_builtin(name) if name in _BUILTIN else dataset)
     if known != dataset:
         raise ConfigError(
-            f"dataset {name!r} is already {known.json_file} with images in {known.image_root}; "
+            f"data set {name!r} is already {known.json_file} with images in {known.image_root}; "
             f"give {dataset.json_file} with images in {dataset.image_root} another name"
         )
     if name not in _BUILTIN:
@@ -115,10 +116,10 @@ def register_coco_instances(
 
 
 def register_from_config(cfg) -> None:
-    """Registers the datasets of DATASETS.REGISTER: ((name, json file, image folder), ...).
+    """Register the data sets of DATASETS.REGISTER: ((name, json file, image folder), ...).
 
     Raises:
-        ConfigError: an entry has another form, or its name is taken by other data.
+        ConfigError: an entry has another form, or other data has its name.
     """
     for entry in cfg.DATASETS.get("REGISTER", ()):
         if not (
@@ -127,7 +128,7 @@ def register_from_config(cfg) -> None:
             and all(isinstance(part, str) and part for part in entry)
         ):
             raise ConfigError(
-                f"DATASETS.REGISTER holds {entry!r}; each entry is "
+                f"DATASETS.REGISTER holds {entry!r}; write each entry as "
                 '("name", "annotations.json", "image folder")'
             )
         register_coco_instances(*entry)

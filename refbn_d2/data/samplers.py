@@ -1,4 +1,4 @@
-"""Which images make a batch, in which order, in which process; and how those processes start."""
+"""Choose the images of each batch and process, and start the processes that load them."""
 
 import signal
 import sys
@@ -13,22 +13,22 @@ from refbn_d2.utils.errors import ConfigError, DataError
 
 
 class GroupedBatchSampler(Sampler):
-    """An endless stream of shuffled batches, each of images of one group.
+    """An endless stream of shuffled batches, each with images of a single group.
 
-    All epochs are one stream: images wait in their group until it has enough of them, over the
-    end of an epoch too, so none is left out. Every process makes the same stream of batches
-    and takes its share of each, hence a run does not depend on the number of processes.
+    An image waits until its group has enough images for a batch, even beyond the end of the epoch,
+    so none is left out. Every process computes the same batches and takes its share of each, so a
+    run does not depend on the number of processes.
 
     Args:
-        groups: one hashable an image.
+        groups: one hashable per image.
         batch_size: over all processes; a multiple of `world_size`.
         seed: 0 or more, the same in all processes.
-        start_batch: batches that were used before.
-        repeats: times that an image comes in a row (repeated augmentation, Hoffer et al. 2020,
-            "Augment your batch").
+        start_batch: number of batches already used.
+        repeats: number of times that an image comes in a row (repeated augmentation, Hoffer et al.
+            2020, "Augment your batch").
 
     Yields:
-        a list of (index, draw).
+        A list of (index, draw): the image's index, and the number of images drawn before it.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class GroupedBatchSampler(Sampler):
         repeats: int = 1,
     ):
         if not len(groups):
-            raise DataError("there is no image to draw batches from")
+            raise DataError("there is no image to draw batches from; check DATASETS.TRAIN")
         if batch_size < 1 or batch_size % world_size:
             raise ConfigError(
                 f"SOLVER.IMS_PER_BATCH = {batch_size} cannot be split evenly over {world_size} "
@@ -72,37 +72,37 @@ class GroupedBatchSampler(Sampler):
 
     def _indices(self) -> Iterator[int]:
         for epoch in count():
-            # the trailing 1 keeps this apart from the generators of augmentations
+            # The 1 makes this generator different from those of augmentations.
             rng = np.random.default_rng([self.seed, epoch, 1])
             yield from rng.permutation(len(self.groups)).repeat(self.repeats).tolist()
 
 
 def domains_of(dataset_dicts: Sequence[dict], field: str) -> list[Hashable]:
-    """Return each image's domain, for batches of one domain each.
+    """Return each image's domain, for batches of a single domain.
 
     Args:
-        dataset_dicts: with "domain", which was read from `field` of the json's images.
+        dataset_dicts: with "domain", read from `field` of the json's images.
 
     Raises:
-        DataError: an image has none, or one that is a list; names the image.
+        DataError: an image has no domain, or its domain is a list; names the image.
     """
     for d in dataset_dicts:
         domain = d.get("domain")
         if not isinstance(domain, str | int):
             raise DataError(
-                "DATALOADER.BATCH_COMPOSITION = 'domain', and "
+                "DATALOADER.BATCH_COMPOSITION = 'domain', but "
                 f"image {d.get('image_id')} ({d['file_name']}) has {field!r} = {domain!r} in its "
-                "json file; give every image a word or a whole number there, or name another field "
-                "in DATALOADER.DOMAIN_FIELD"
+                "json file; give every image a word or a whole number there, or set "
+                "DATALOADER.DOMAIN_FIELD to another field"
             )
     return [d["domain"] for d in dataset_dicts]
 
 
 def start_worker(worker: int) -> None:
-    """Ctrl-C, which a terminal sends to workers too, is the main process's.
+    """Prepare a loading process: ignore Ctrl-C, end at SIGTERM, and use one thread in OpenCV.
 
-    SIGTERM ends them: that is how Python ends workers at exit. OpenCV would start a thread a core
-    in each worker; torch limits itself there.
+    A terminal sends Ctrl-C to all processes, but only the main process handles it. Python ends
+    workers by SIGTERM at exit. Without a limit, OpenCV starts one thread per core in each worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if "cv2" in sys.modules:

@@ -1,1 +1,1 @@
-"""What runs a detector's config: torchvision's operators, or Detectron2 itself."""
+"""Train and evaluate a detector from a config: by torchvision's operators, or by Detectron2."""

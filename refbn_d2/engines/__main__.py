@@ -7,14 +7,14 @@ from refbn_d2.utils.arguments import default_argument_parser, run_or_exit
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return Detectron2's own flags, and `--engine`."""
+    """Return a parser of Detectron2's flags and `--engine`."""
     p = default_argument_parser(__doc__)
     p.add_argument(
-        "--engine", choices=ENGINES, default="auto", help="auto: Detectron2 where it imports"
+        "--engine", choices=ENGINES, default="auto", help="auto: Detectron2 if it imports"
     )
     p.add_argument(
         "--allow-partial-weights", action="store_true",
-        help="train although MODEL.WEIGHTS fills under 95 %% of the backbone",
+        help="train even if MODEL.WEIGHTS fills under 95 %% of the backbone",
     )  # fmt: skip
     return p
 

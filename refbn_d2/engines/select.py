@@ -1,4 +1,4 @@
-"""Which engine runs a config: Detectron2, or torchvision's operators where it is not installed."""
+"""Select the engine: Detectron2, or torchvision's operators if Detectron2 is not installed."""
 
 import importlib.util
 import sys
@@ -10,10 +10,10 @@ ENGINES = ("auto", "detectron2", "torchvision")
 
 
 def select_engine(name: str) -> ModuleType:
-    """Return the engine's module, which has `run(args)`; "auto" is Detectron2 where it imports.
+    """Return the engine's module, which has `run(args)`; "auto" is Detectron2 if it imports.
 
     Raises:
-        MissingDependencyError: "detectron2", and it cannot be imported.
+        MissingDependencyError: `name` is "detectron2", and it cannot be imported.
     """
     why = ""
     if name != "torchvision":
@@ -22,12 +22,12 @@ def select_engine(name: str) -> ModuleType:
 
             _say("Engine: Detectron2.")
             return detectron2
-        except Exception as error:  # half installed, or not one that RefBN can be registered with
+        except Exception as error:  # an incomplete installation, or RefBN cannot be registered
             if name == "detectron2":
                 raise MissingDependencyError(
-                    f"Detectron2 cannot be imported ({error}). Its guide says "
-                    "how to install it: https://detectron2.readthedocs.io/en/latest/tutorials/"
-                    "install.html; tools/train_net.py --engine torchvision needs none."
+                    f"Detectron2 cannot be imported ({error}). Install it by its guide, "
+                    "https://detectron2.readthedocs.io/en/latest/tutorials/install.html, or use "
+                    "tools/train_net.py --engine torchvision, which does not need it."
                 ) from error
             installed = importlib.util.find_spec("detectron2")
             why = f" ({error})" if installed else " (Detectron2 is not installed)"

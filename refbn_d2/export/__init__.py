@@ -1,1 +1,1 @@
-"""Checkpoint tools that build a model: from file to file, verification, ONNX and TorchScript."""
+"""Convert checkpoint files, verify the results, and export to ONNX and TorchScript."""

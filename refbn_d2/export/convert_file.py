@@ -1,4 +1,4 @@
-"""From one checkpoint file to another, or to a program: read, convert, verify, write."""
+"""Convert a checkpoint file into another one or into a program: read, convert, verify, write."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ from refbn_d2.export.verify import verify
 from refbn_d2.utils.errors import CheckpointError
 from refbn_d2.utils.file_io import write_bytes
 
-# What can be written, and by which suffixes.
+# What can be written, and the suffixes of its files.
 TARGETS = {
     "detectron2": (".pkl", ".pth", ".safetensors"),
     "torchvision": (".pth", ".pt", ".safetensors"),
@@ -32,28 +32,31 @@ def convert_file(
     config_file: str | os.PathLike | None = None,
     key: str | None = None,
 ) -> str:
-    """Write `target`, and return what there is to say about it. No file is ever replaced.
+    """Write `target`, and return a text about it. No file is ever replaced.
+
+    If an error is raised, nothing is written.
 
     Args:
-        to, norm, allow_partial: as `convert_state`'s; or `to` is "onnx" or "torchscript", for the
-            backbone alone, folded (`export`).
-        check: compare source and target on a picture (`verify`); an export always is.
-        config_file: tells what tensors do not. A detector's is looked for beside `source`, as
-            `config.yaml`, where a check or an export needs one.
-        key: as `load_checkpoint`'s.
+        to, norm, allow_partial: see `convert_state`. `to` may also be "onnx" or "torchscript",
+            which writes only the backbone, folded (`export`).
+        check: compare source and target on a picture (`verify`). Exports are always compared.
+        config_file: the model's config, which holds what cannot be inferred from tensors. If a
+            check or an export of a detector needs it, the default is `config.yaml` next to
+            `source`.
+        key: see `load_checkpoint`.
 
     Raises:
-        FileNotFoundError, FileExistsError: `source` is not there, or `target` is.
+        FileNotFoundError: `source` does not exist.
+        FileExistsError: `target` exists.
         ConfigError: the config is of another ResNet, or cannot be read or built.
-        CheckpointError: `target`'s suffix does not fit; a detector's config is needed; or an
-            error of `load_checkpoint`, `identify`, `convert_state`, `verify` or `export`. Then
-            nothing is written.
+        CheckpointError: `target` has the wrong suffix; a detector's config is missing; or an error
+            of `load_checkpoint`, `identify`, `convert_state`, `verify` or `export`.
     """
     source, target = Path(source), Path(target)
     exports = to in ("onnx", "torchscript")
     _check_target(source, target, to)
     if exports and norm:
-        raise CheckpointError(f"--norm {norm} is not for --to {to}, where all norms are folded.")
+        raise CheckpointError(f"--to {to} folds all norms: leave out --norm {norm}.")
     checkpoint = load_checkpoint(source, key=key)
     before = identify(checkpoint, str(source))
     cfg = _config(before, to, config_file, check or exports)
@@ -75,21 +78,21 @@ def _check_target(source: Path, target: Path, to: str) -> None:
         )
     if target.exists():
         same = source.exists() and target.samefile(source)
-        what = "is the checkpoint itself" if same else "exists, and is not replaced"
-        raise FileExistsError(f"{target} {what}: give the result another name.")
+        what = "is the source itself" if same else "exists already"
+        raise FileExistsError(f"{target} {what} and is not replaced: give the result another name.")
 
 
 def _config(
     contents: Contents, to: str, config_file: str | os.PathLike | None, needed: bool
 ) -> CfgNode | None:
-    """The config of `contents`' model, where there is one and it serves for something."""
+    """Return the config of `contents`' model; None if none is given and none is needed."""
     source = Path(contents.source)
     if config_file is None and contents.is_detector and needed:
         config_file = source.with_name("config.yaml")
         if not config_file.exists():
             raise CheckpointError(
-                f"{source} is a detector, whose anchors, strides and pooling its tensors do not "
-                "tell, and there is no config.yaml beside it: say --config-file."
+                f"{source} is a detector, and there is no config.yaml next to it. Its anchors, "
+                "strides and pooling cannot be inferred from its tensors: give --config-file."
             )
     if config_file is None:
         return None
@@ -99,28 +102,27 @@ def _config(
         if (configured := value_of(cfg, key)) != value:
             raise ConfigError(
                 f"{config_file}: {key} is {configured}, but {source} holds a {contents.resnet}, "
-                f"with {value}: they are not of one model."
+                f"for which it is {value}: give the config of this model."
             )
     if to == "torchvision" and contents.resnet.depth >= 50 and cfg.MODEL.RESNETS.STRIDE_IN_1X1:
         raise ConfigError(
             f"{config_file}: MODEL.RESNETS.STRIDE_IN_1X1 is True, but torchvision's ResNets have "
-            "their stride in the 3x3 convolutions: the weights would compute something else there."
+            "their stride in the 3x3 convolutions, so the weights would compute something else. "
+            "Only a model with False can be converted to torchvision."
         )
     return cfg
 
 
 def _about(before: Contents, after: Contents, target: Path) -> str:
-    lines = [
-        f"{target}: {after.resnet} in the layout of {after.layout}, {len(after.tensors)} tensors"
-    ]
+    lines = [f"{target}: {after.resnet} in {after.layout}'s layout, {len(after.tensors)} tensors"]
     if after.layout == "torchvision":
         return f"{lines[0]}, norm {after.norms['MODEL.RESNETS.NORM'] or 'none'}"
     if target.suffix == ".safetensors":
-        lines.append("Detectron2 itself reads .pkl and .pth alone.")
+        lines.append("Detectron2 itself reads only .pkl and .pth.")
     elif after.classes is not None:
-        lines.append('The classifier is under "classifier", where Detectron2 does not look.')
-    lines += ["MODEL.WEIGHTS takes it with", config_lines(after.config())]
+        lines.append('The classifier is stored under "classifier", which Detectron2 ignores.')
+    lines += ["MODEL.WEIGHTS takes it, with", config_lines(after.config())]
     if before.layout == "torchvision":
-        lines.append("and, unless it was trained with others (no tensor tells), torchvision's own")
+        lines.append("and torchvision's keys, unless it was trained with other ones:")
         lines.append(config_lines(TORCHVISION_INPUT))
     return "\n".join(lines)

@@ -1,8 +1,9 @@
-"""A backbone as ONNX or TorchScript, its norms folded into its convolutions.
+"""Export a backbone as ONNX or TorchScript, with its norms folded into its convolutions.
 
 Shapes:
-    images      (N, 3, H, W) float32, normalised as in training; H and W are multiples of 32
-    maps        "res2", ... "res5" of a ResNet alone, those of a detector's backbone, as "p2", ...
+
+    images      (N, 3, H, W) float32, normalized as in training; H and W are multiples of 32
+    maps        of a ResNet "res2", ... "res5"; of a detector's backbone its own, such as "p2", ...
 """
 
 import io
@@ -27,25 +28,25 @@ Program = Callable[[Tensor], dict[str, Tensor]]  # images -> maps
 
 
 def export(contents: Contents, to: str, cfg: CfgNode | None = None) -> tuple[bytes, str]:
-    """(the program's file, a table of how far its maps are from the model's before folding)
+    """Return the program's file, and a table of its maps' differences from the unfolded model's.
 
     Args:
         contents: in Detectron2's layout.
         to: "onnx" or "torchscript".
-        cfg: as for `model_config`; a detector needs it.
+        cfg: see `model_config`; a detector needs it.
 
     Raises:
-        ConfigError: the backbone is none of this package's.
-        CheckpointError: the tensors do not fit it; the program computes something else; or what
-            writes ONNX is not installed.
+        ConfigError: this package cannot build the backbone.
+        CheckpointError: the tensors do not fit it, or the program computes something else.
+        MissingDependencyError: the packages that write ONNX are not installed.
     """
     model = _backbone(contents, cfg)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # TorchScript is on its way out
+        warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated
         data, run = (_onnx if to == "onnx" else _torchscript)(fold(model), contents.source)
         if run is None:
-            return data, "not checked, as onnxruntime is not installed"
-        images = _images(1, 4, 5)  # neither the size nor the number that the program was made with
+            return data, "not verified, because onnxruntime is not installed"
+        images = _images(1, 4, 5)  # another size and number than the program was made with
         with torch.no_grad():
             found, expected = run(images), model(images)
     return data, compare(found, expected, f"the {contents.resnet} against {to}", contents.source)
@@ -77,7 +78,7 @@ def _onnx(model: nn.Module, source: str) -> tuple[bytes, Program | None]:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
-            f"{source}: writing ONNX needs `pip install onnx onnxscript`."
+            f"{source}: two packages that write ONNX are missing: `pip install onnx onnxscript`."
         ) from error
     sizes = {0: Dim("n"), 2: STRIDE * Dim("h"), 3: STRIDE * Dim("w")}
     program = torch.onnx.export(

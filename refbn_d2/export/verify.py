@@ -1,6 +1,7 @@
-"""Whether a converted checkpoint computes what its source did: two models on the same picture.
+"""Verify that a converted checkpoint computes the same as its source, on one picture.
 
 Shapes:
+
     images      (1, 3, H, W)
     maps        a backbone's "stem", "res2", ... (1, C, h, w), with FPN "p2", ...
 """
@@ -29,23 +30,23 @@ from refbn_d2.utils.errors import CheckpointError
 TOLERANCE = 1e-4
 PICTURE = (256, 320)  # H, W
 
-Outputs = dict[str, Tensor]  # a model's, by name
+Outputs = dict[str, Tensor]  # {name: a model's output}
 
 
 def verify(before: Contents, after: Contents, cfg: CfgNode | None = None) -> str:
-    """A table of the largest difference in each stage, over its largest value where that is > 1
+    """Return a table of each stage's largest difference, divided by max(1, its largest value).
 
-    What has torchvision's layout runs as torchvision's ResNet, what has Detectron2's as its model
-    where that imports, else as this package's. Of two detectors the backbone's maps and the
-    detections are compared, of all else the ResNet's stages.
+    Contents in torchvision's layout run as torchvision's ResNet. Contents in Detectron2's layout
+    run as Detectron2's model if that imports, else as this package's. If both are detectors, the
+    backbone's maps and the detections are compared; else the ResNet's stages are.
 
     Args:
-        before, after: a file's contents, and those of what it was converted to.
-        cfg: as for `model_config`; two detectors need it.
+        before, after: the contents of the source and of the result.
+        cfg: see `model_config`; two detectors need it.
 
     Raises:
-        CheckpointError: a difference is above TOLERANCE, with the table; or a model cannot be
-            built with the tensors.
+        CheckpointError: a difference is above TOLERANCE (the message has the table), or the tensors
+            do not fit a model.
     """
     run = _detector if before.is_detector and after.is_detector else _resnet
     (expected_of, expected), (found_of, found) = run(before, cfg), run(after, cfg)
@@ -54,12 +55,17 @@ def verify(before: Contents, after: Contents, cfg: CfgNode | None = None) -> str
 
 
 def compare(found: Outputs, expected: Outputs, title: str, source: str) -> str:
-    """`verify`'s table of two models' outputs, and its CheckpointError."""
+    """Return `verify`'s table of two models' outputs.
+
+    Raises:
+        CheckpointError: a difference is above TOLERANCE or NaN.
+    """
     differences = {name: _difference(found[name], value) for name, value in expected.items()}
     table = "\n".join([title, *(f"  {name:8}{d:.1e}" for name, d in differences.items())])
-    if not all(d <= TOLERANCE for d in differences.values()):  # nor where one is NaN
+    if not all(d <= TOLERANCE for d in differences.values()):  # NaN counts as different
         raise CheckpointError(
-            f"{source}: what it became computes something else (above {TOLERANCE:g}).\n{table}"
+            f"{source}: the result computes something else: a difference is above {TOLERANCE:g}. "
+            f"Nothing was written.\n{table}"
         )
     return table
 
@@ -69,18 +75,19 @@ def _difference(found: Tensor, expected: Tensor) -> float:
         return float("inf")
     if not expected.numel():
         return 0.0
-    if expected.dtype == torch.bool:  # masks: the share of the pixels
+    if expected.dtype == torch.bool:  # masks: the share of pixels that differ
         return (found != expected).float().mean().item()
     found, expected = found.float(), expected.float()
     return ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
 
 
 def model_config(contents: Contents, cfg: CfgNode | None = None) -> CfgNode:
-    """A config of the model that has these tensors; RefBN is BN in it, as in Detectron2's own terms
+    """Return a config of the model that has these tensors, with BN for RefBN.
 
     Args:
-        cfg: tells what tensors do not: anchors, strides, pooling, thresholds. A ResNet alone does
-            without: its stride then is torchvision's, in the 3x3 convolution.
+        cfg: the base, for what cannot be inferred from tensors: anchors, strides, pooling and
+            thresholds. A ResNet does not need it: then its stride is in the 3x3 convolution, as in
+            torchvision.
     """
     if cfg is None:
         cfg = get_cfg()
@@ -93,7 +100,7 @@ def model_config(contents: Contents, cfg: CfgNode | None = None) -> CfgNode:
 
 
 def resnet_config(contents: Contents, cfg: CfgNode | None = None) -> CfgNode:
-    """`model_config` of the ResNet alone, with the stem and all stages as its maps."""
+    """Return `model_config` of only the ResNet, whose maps are the stem and all stages."""
     cfg = model_config(contents, cfg)
     cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
     stages = [f"res{stage}" for stage in range(2, contents.resnet.last_stage + 1)]
@@ -103,7 +110,7 @@ def resnet_config(contents: Contents, cfg: CfgNode | None = None) -> CfgNode:
 
 
 def load(model: nn.Module, contents: Contents, state: dict[str, Tensor]) -> nn.Module:
-    """`model`, of a `model_config`, in eval mode with `state`, and with RefBN where that has it.
+    """Return `model` in eval mode with `state`; its BN becomes RefBN if `contents` has RefBN.
 
     Raises:
         CheckpointError: a name or a shape differs.
@@ -113,13 +120,13 @@ def load(model: nn.Module, contents: Contents, state: dict[str, Tensor]) -> nn.M
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        why = str(error)[:1000]  # it may name every tensor there is
+        why = str(error)[:1000]  # it may name every tensor
         raise CheckpointError(f"{contents.source} does not fit its model: {why}") from None
     return model.eval()
 
 
 def resnet_state(contents: Contents) -> dict[str, Tensor]:
-    """The ResNet's tensors but for a classifier, by the layout's names without a place."""
+    """Return the ResNet's tensors but for a classifier, under names without a place."""
     return {
         name if contents.layout == "torchvision" else own: contents.tensors[name]
         for name, own in contents.resnet_names.items()
@@ -129,7 +136,7 @@ def resnet_state(contents: Contents) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _resnet(contents: Contents, cfg: CfgNode | None) -> tuple[str, Outputs]:
-    """(what ran, its maps of the picture)"""
+    """Return a name for the model, and its maps of the picture."""
     resnet, norm = contents.resnet, contents.norms["MODEL.RESNETS.NORM"]
     what = f"{resnet} with {norm or 'no norm'}"
     cfg, state = resnet_config(contents, cfg), resnet_state(contents)
@@ -161,7 +168,7 @@ def _resnet(contents: Contents, cfg: CfgNode | None) -> tuple[str, Outputs]:
 
 @torch.no_grad()
 def _detector(contents: Contents, cfg: CfgNode) -> tuple[str, Outputs]:
-    """(what ran, its backbone's maps and the detections in the picture)"""
+    """Return a name for the model, and its backbone's maps and detections of the picture."""
     cfg = model_config(contents, cfg)
     state = {name: t for name, t in contents.tensors.items() if not EXPENDABLE.fullmatch(name)}
     if detectron2 := _detectron2(cfg):
@@ -181,7 +188,7 @@ def _detector(contents: Contents, cfg: CfgNode) -> tuple[str, Outputs]:
 
 
 def _picture() -> Tensor:
-    """(3, H, W) float32, whole numbers from 0 to 255, RGB: one of the shapes data set."""
+    """Return a picture of the shapes: (3, H, W) float32, RGB, whole numbers from 0 to 255."""
     image = draw_detection(0, "val", 0, PICTURE).image[..., ::-1].copy()
     return torch.from_numpy(image).permute(2, 0, 1).float()
 
@@ -195,9 +202,9 @@ def _whose(detectron2: ModuleType | None) -> str:
 
 
 def _detectron2(cfg: CfgNode) -> ModuleType | None:
-    """The module, or None where it does not import or cannot run `cfg`."""
+    """Return the module `detectron2`; None if it does not import or cannot run `cfg`."""
     if cfg.MODEL.BACKBONE.NAME.endswith("fpn_backbone") and "res5" not in cfg.MODEL.FPN.IN_FEATURES:
-        return None  # its FPN takes the last map from p5, whichever stages there are
+        return None  # Detectron2's FPN always makes its last map from p5
     try:
         import detectron2.layers
         import detectron2.modeling

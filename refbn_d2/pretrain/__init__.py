@@ -1,4 +1,4 @@
-"""Pretraining of image classifiers whose ResNets become Detectron2's backbones, on timm."""
+"""Pretrain timm's image classifiers, whose ResNets become Detectron2's backbones."""
 
 from refbn_d2.pretrain.main import run
 

@@ -1,4 +1,4 @@
-"""The Detectron2 backbone in a trained classifier, and the config keys that belong to it."""
+"""Write the Detectron2 backbone of a trained classifier, and the config keys that it needs."""
 
 from pathlib import Path
 
@@ -25,10 +25,10 @@ _HEADER = """\
 
 
 def resnet_keys(model: nn.Module) -> dict[str, int] | None:
-    """MODEL.RESNETS keys for which Detectron2 builds the backbone of timm's `model`.
+    """Return the MODEL.RESNETS keys with which Detectron2 builds the backbone of timm's `model`.
 
-    None where it builds none: what is no ResNet or ResNeXt of a depth that Detectron2 knows, or
-    differs from one in any module but the norms (deep stem, squeeze and excitation, anti-aliasing).
+    Return None if Detectron2 cannot build it: it is not a ResNet or ResNeXt of a known depth, or a
+    module other than a norm differs (deep stem, squeeze and excitation, anti-aliasing).
     """
     if type(model) is not ResNet:
         return None
@@ -53,7 +53,7 @@ def resnet_keys(model: nn.Module) -> dict[str, int] | None:
 
 
 def _modules(model: nn.Module) -> dict[str, str]:
-    """What the model consists of, whatever its norms and drop rates."""
+    """Return the model's modules, regardless of its norms and drop rates."""
     norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
     return {
         name: "norm" if isinstance(module, norms) else repr(module)
@@ -67,17 +67,18 @@ def write_backbone(
 ) -> dict | None:
     """Write backbone.pkl, for Detectron2's MODEL.WEIGHTS, and backbone.yaml, which names it.
 
-    The .pkl holds all but the classifier under Detectron2's bare names (`res2.0.conv1.weight`), and
-    asks for its matching heuristics, as Detectron2's converter of torchvision's models does.
+    The .pkl holds everything but the classifier under Detectron2's names without a prefix
+    (`res2.0.conv1.weight`). It asks for Detectron2's matching heuristics, like the files of
+    Detectron2's converter of torchvision's models.
 
     Args:
-        cfg: of the pretraining.
-        model: timm's.
+        cfg: the config of the pretraining.
+        model: a model of timm.
         state: the weights to write, a state dict of `model`.
 
     Returns:
-        The Detectron2 config keys, as in backbone.yaml; None where Detectron2 builds no such
-        backbone, and nothing is written.
+        The Detectron2 config keys in backbone.yaml; None, and nothing is written, if Detectron2
+        cannot build the backbone.
     """
     resnets = resnet_keys(model)
     if resnets is None:
@@ -98,7 +99,7 @@ def write_backbone(
             "PIXEL_MEAN": list(cfg.MODEL.PIXEL_MEAN),
             "PIXEL_STD": list(cfg.MODEL.PIXEL_STD),
             "RESNETS": {**resnets, "NORM": norm, "STRIDE_IN_1X1": False},
-            # frozen stages would keep RefBN's layers from following the detector's data
+            # In frozen stages RefBN could not adapt to the detector's data.
             **({"BACKBONE": {"FREEZE_AT": 0}} if norm == "RefBN" else {}),
         },
         "INPUT": {"FORMAT": "RGB"},

@@ -1,4 +1,4 @@
-"""Validation of a classifier and of its moving average."""
+"""Validate a classifier and its moving average."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -17,13 +17,16 @@ logger = logging.getLogger(__name__)
 
 
 def autocast(cfg) -> torch.autocast:
-    """Return the context of SOLVER.AMP."""
+    """Return the autocast context of SOLVER.AMP."""
     amp = cfg.SOLVER.AMP
     return torch.autocast(cfg.MODEL.DEVICE, getattr(torch, amp.DTYPE), enabled=amp.ENABLED)
 
 
 def build_normalize(cfg) -> Callable[[Tensor], Tensor]:
-    """Return (N, 3, H, W) uint8 -> float32 on MODEL.DEVICE, less PIXEL_MEAN, over PIXEL_STD."""
+    """Return a function: uint8 x -> (x - PIXEL_MEAN) / PIXEL_STD, float32 on MODEL.DEVICE.
+
+    x is (N, 3, H, W).
+    """
     device = torch.device(cfg.MODEL.DEVICE)
     mean, std = (
         torch.tensor(values, device=device).view(1, 3, 1, 1)
@@ -38,7 +41,7 @@ def build_normalize(cfg) -> Callable[[Tensor], Tensor]:
 
 
 def memory_format(cfg) -> torch.memory_format:
-    """Return MODEL.CHANNELS_LAST as torch names it."""
+    """Return torch's memory format for MODEL.CHANNELS_LAST."""
     return torch.channels_last if cfg.MODEL.CHANNELS_LAST else torch.contiguous_format
 
 
@@ -54,7 +57,7 @@ class Evaluator:
     def __call__(self, models: Mapping[str, nn.Module]) -> dict[str, float]:
         """Return "<name>/top1", "/top5" (%) and "/loss" (cross entropy) of every model.
 
-        On worker 0; {} on the others. Leaves the models in eval mode.
+        Only worker 0 gets them, the others get {}. The models stay in eval mode.
         """
         results = {}
         for name, model in models.items():

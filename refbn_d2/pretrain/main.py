@@ -1,4 +1,4 @@
-"""The entry point of pretraining."""
+"""Run a pretraining from command-line arguments."""
 
 import argparse
 

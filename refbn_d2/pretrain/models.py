@@ -1,4 +1,4 @@
-"""Classifiers out of timm, with the norm that MODEL.NORM names in BatchNorm's place."""
+"""Build timm's classifiers, with the norm MODEL.NORM instead of BatchNorm."""
 
 import difflib
 import logging
@@ -19,7 +19,7 @@ GN_GROUPS = 32  # as in Detectron2
 
 
 class RefBatchNormAct2d(RefBatchNorm2d):
-    """act(drop(RefBatchNorm2d(x))): timm's BatchNormAct2d, with RefBN's and the same state."""
+    """act(drop(RefBatchNorm2d(x))): timm's BatchNormAct2d with RefBN, and with RefBN's state."""
 
     drop: nn.Module
     act: nn.Module
@@ -29,11 +29,11 @@ class RefBatchNormAct2d(RefBatchNorm2d):
 
 
 def build_model(cfg, num_classes: int) -> nn.Module:
-    """timm's MODEL.NAME with `num_classes` outputs and the norm MODEL.NORM, randomly initialised.
+    """Return timm's MODEL.NAME, with random weights, `num_classes` outputs and the norm MODEL.NORM.
 
     Raises:
-        ConfigError: timm has no such model; it has no BatchNorm2d, or cannot take the norm or a
-            drop rate; a key of MODEL.REFBN holds what it may not.
+        ConfigError: timm has no such model; it has no BatchNorm2d, or does not take the norm or a
+            drop rate; or a value of MODEL.REFBN is not allowed.
     """
     name, norm = cfg.MODEL.NAME, cfg.MODEL.NORM
     if not timm.is_model(name):
@@ -41,19 +41,19 @@ def build_model(cfg, num_classes: int) -> nn.Module:
         hint = f"did you mean {', '.join(close)}? " if close else ""
         raise ConfigError(
             f"MODEL.NAME = {name!r}: timm {timm.__version__} has no such model; {hint}"
-            "timm.list_models() has them all"
+            "timm.list_models() lists all"
         )
     rates = {"drop_rate": cfg.MODEL.DROP_RATE, "drop_path_rate": cfg.MODEL.DROP_PATH_RATE}
     try:
         model = timm.create_model(
             name, num_classes=num_classes, **{key: rate or None for key, rate in rates.items()}
         )
-    except TypeError as error:  # a rate that it does not know
+    except TypeError as error:  # the model does not take a drop rate
         raise ConfigError(f"MODEL.NAME = {name!r} does not take MODEL.DROP_*: {error}") from error
     if not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
         raise ConfigError(
-            f"MODEL.NAME = {name!r} has no BatchNorm2d that MODEL.NORM = {norm!r} could stand for; "
-            "use a model with BatchNorm, as resnet50"
+            f"MODEL.NAME = {name!r} has no BatchNorm2d that MODEL.NORM = {norm!r} could replace; "
+            "use a model with BatchNorm, such as resnet50"
         )
     if norm == "RefBN":
         options = refbn_options(cfg)
@@ -67,7 +67,7 @@ def build_model(cfg, num_classes: int) -> nn.Module:
     if norm == "SyncBN":
         if cfg.MODEL.DEVICE == "cuda":
             return convert_sync_batchnorm(model)
-        logger.warning("MODEL.NORM SyncBN is BN on the CPU: torch has no synchronised one there.")
+        logger.warning("MODEL.NORM SyncBN needs CUDA in torch: using BN on the CPU.")
     return model
 
 
@@ -75,7 +75,7 @@ def _ref_batch_norm_act(norm: nn.Module) -> nn.Module | None:
     if not isinstance(norm, BatchNormAct2d):
         return None
     new = RefBatchNormAct2d(norm.num_features, norm.eps, norm.momentum, norm.affine)
-    new.weight, new.bias = norm.weight, norm.bias  # as initialised
+    new.weight, new.bias = norm.weight, norm.bias  # as initialized
     new.drop, new.act = norm.drop, norm.act
     return new
 
@@ -85,7 +85,7 @@ def _peer(norm: nn.Module, name: str) -> nn.Module | None:
         return None
     if isinstance(norm, BatchNormAct2d):
         raise ConfigError(
-            f"MODEL.NORM = {name!r} is not for models whose norms hold the activation "
+            f"MODEL.NORM = {name!r} does not work in models whose norms include the activation "
             "(BatchNormAct2d); use RefBN, BN or GN, or a plain ResNet"
         )
     new = PEERS[name](norm.num_features, norm.eps, affine=norm.affine)
@@ -107,26 +107,29 @@ def _group_norm(norm: nn.Module) -> nn.Module | None:
         new.drop, new.act = norm.drop, norm.act
     else:
         new = nn.GroupNorm(GN_GROUPS, channels)
-    new.weight, new.bias = norm.weight, norm.bias  # as initialised: zero at a block's end
+    new.weight, new.bias = norm.weight, norm.bias  # as initialized: zero at a block's end
     return new
 
 
 def classifier_weight(model: nn.Module) -> tuple[str, Tensor]:
-    """Name and value (num_classes, features) of the last linear layer's weight."""
+    """Return name and value, (num_classes, features), of the last linear layer's weight."""
     layer = model.get_classifier()
     name = next(name for name, module in model.named_modules() if module is layer)
     return f"{name}.weight", layer.weight
 
 
 def check_num_classes(model: nn.Module, state: dict[str, torch.Tensor], source: object) -> None:
-    """Returns if the checkpoint's classifier has as many classes as the model's, or none.
+    """Return if the checkpoint has no classifier, or one with the model's number of classes.
+
+    Args:
+        source: the checkpoint's file, for the message.
 
     Raises:
-        ConfigError: it has another number; `source` says which file it is.
+        ConfigError: it has another number of classes.
     """
     name, weight = classifier_weight(model)
     if name in state and len(state[name]) != len(weight):
         raise ConfigError(
-            f"{source} was trained on {len(state[name])} classes, and the data under DATASETS.ROOT "
-            f"has {len(weight)}: use the data that it was trained on"
+            f"{source} was trained on {len(state[name])} classes, but the data in DATASETS.ROOT "
+            f"has {len(weight)}: use data with the same classes"
         )

@@ -1,4 +1,4 @@
-"""Loss, mixing, optimizer and learning rate from SOLVER.* and INPUT.*, of timm."""
+"""Build timm's loss, mixing, optimizer and learning rate schedule from SOLVER.* and INPUT.*."""
 
 from timm.data import Mixup
 from timm.loss import create_classification_loss
@@ -17,7 +17,7 @@ def is_mixed(cfg) -> bool:
 
 
 def check_batch_size(cfg, workers: int) -> None:
-    """Return if SOLVER.IMS_PER_BATCH can be split over workers and accumulated parts.
+    """Return if SOLVER.IMS_PER_BATCH can be split over workers and accumulation steps.
 
     Raises:
         ConfigError: it cannot; says what is allowed.
@@ -25,7 +25,7 @@ def check_batch_size(cfg, workers: int) -> None:
     solver, mixed = cfg.SOLVER, is_mixed(cfg)
     unit = workers * solver.GRAD_ACCUM_STEPS
     if mixed and solver.GRAD_ACCUM_STEPS % 2:
-        unit *= 2  # a worker's images are mixed in pairs
+        unit *= 2  # images are mixed in pairs within a worker
     if solver.IMS_PER_BATCH % unit:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH = {solver.IMS_PER_BATCH} cannot be split evenly over "
@@ -36,7 +36,7 @@ def check_batch_size(cfg, workers: int) -> None:
 
 
 def build_mixup(cfg, num_classes: int) -> Mixup | None:
-    """Return what mixes a batch's images and labels; None if nothing does."""
+    """Return timm's Mixup, which mixes images and labels of a batch; None if it is off."""
     if not is_mixed(cfg):
         return None
     inputs = cfg.INPUT
@@ -48,7 +48,7 @@ def build_mixup(cfg, num_classes: int) -> Mixup | None:
 
 
 def build_loss(cfg) -> nn.Module:
-    """Return SOLVER.LOSS, for soft targets where images are mixed."""
+    """Return SOLVER.LOSS; if images are mixed, it takes soft targets."""
     solver = cfg.SOLVER
     return create_classification_loss(
         solver.LOSS, smoothing=solver.LABEL_SMOOTHING, soft_targets=is_mixed(cfg),
@@ -60,7 +60,7 @@ def build_optimizer(cfg, model: nn.Module) -> Optimizer:
     """Return SOLVER.OPTIMIZER; norms and biases have no weight decay.
 
     Raises:
-        ConfigError: timm has no such optimizer, or it does not take SOLVER.OPT_KWARGS.
+        ConfigError: timm has no such optimizer, or the optimizer does not take SOLVER.OPT_KWARGS.
     """
     solver = cfg.SOLVER
     try:
@@ -76,7 +76,7 @@ def build_optimizer(cfg, model: nn.Module) -> Optimizer:
 
 
 def build_schedule(cfg, optimizer: Optimizer, epoch_iters: int) -> Scheduler:
-    """Return the learning rate's schedule, which is told of every step."""
+    """Return the learning rate schedule, which is updated after every step."""
     solver = cfg.SOLVER
     schedule, _ = create_scheduler_v2(
         optimizer, solver.LR_SCHEDULER_NAME, solver.EPOCHS,

@@ -1,4 +1,4 @@
-"""Training and validation of a classifier."""
+"""Train and validate a classifier."""
 
 import logging
 from contextlib import nullcontext
@@ -47,7 +47,8 @@ def train(cfg, output_dir: Path, resume: bool) -> dict[str, float]:
         the others.
 
     Raises:
-        ConfigError, DataError, CheckpointError, FileNotFoundError: what cannot be used.
+        ConfigError, DataError, CheckpointError, FileNotFoundError: the config, the data or the
+            weights cannot be used.
         DivergedError: the loss or a gradient became infinite or NaN; names the iteration.
         SystemExit: interrupted (128 + signal).
     """
@@ -55,14 +56,18 @@ def train(cfg, output_dir: Path, resume: bool) -> dict[str, float]:
 
 
 def evaluate(cfg, output_dir: Path, resume: bool) -> dict[str, float]:
-    """Validate MODEL.WEIGHTS, or the last checkpoint with `resume`.
+    """Validate MODEL.WEIGHTS or, with `resume`, the last checkpoint.
 
-    Returns and raises as `train` does.
+    Returns:
+        The same as `train`.
+
+    Raises:
+        The same as `train`.
     """
     images = load_images(cfg, training=False)
     checkpoint = last_checkpoint(output_dir) if resume else None
     if not (checkpoint or cfg.MODEL.WEIGHTS):
-        logger.warning("MODEL.WEIGHTS is empty: evaluating a model of random weights.")
+        logger.warning("MODEL.WEIGHTS is empty: evaluating a model with random weights.")
     seed_everything(checkpoint["seed"] if checkpoint else seed_of_run(cfg))
     model, average = _build_models(cfg, images.test.num_classes, output_dir, checkpoint, False)
     return Evaluator(cfg, images.test)(_named(model, average))
@@ -71,7 +76,7 @@ def evaluate(cfg, output_dir: Path, resume: bool) -> dict[str, float]:
 def _build_models(
     cfg, num_classes: int, output_dir: Path, checkpoint: dict | None, training: bool
 ) -> tuple[nn.Module, ModelEmaV3 | None]:
-    """Return the model and its moving average, with the checkpoint's weights or MODEL.WEIGHTS."""
+    """Return the model and its moving average, with weights of the checkpoint or MODEL.WEIGHTS."""
     source = cfg.MODEL.WEIGHTS
     model = build_model(cfg, num_classes).to(cfg.MODEL.DEVICE, memory_format=memory_format(cfg))
     weights = checkpoint or (load_source(source) if source else {})
@@ -117,8 +122,8 @@ class Trainer(TrainingLoop):
         self.mixup, self.loss = build_mixup(cfg, model.num_classes), build_loss(cfg)
         if resnet_keys(model) is None:
             logger.warning(
-                "%s is no ResNet or ResNeXt that Detectron2 builds: no backbone will be written, "
-                "only the classifier.",
+                "%s is not a ResNet or ResNeXt that Detectron2 can build: only the classifier will "
+                "be written, and no backbone.",
                 cfg.MODEL.NAME,
             )
         samples = Samples(images.train, build_transform(cfg, training=True), seed)
@@ -126,7 +131,7 @@ class Trainer(TrainingLoop):
         self.unreadable = Unreadable(images.train, cfg.DATALOADER.MAX_UNREADABLE)
         optimizer = build_optimizer(cfg, model)
         self.schedule = build_schedule(cfg, optimizer, self.epoch_iters)
-        if cfg.MODEL.COMPILE:  # inside of hooks: how a slice gets on the batch is not traced
+        if cfg.MODEL.COMPILE:  # only `forward`: the hooks that append a slice are not traced
             model.forward = torch.compile(model.forward)
         reference = None
         if cfg.MODEL.NORM == "RefBN":
@@ -155,7 +160,7 @@ class Trainer(TrainingLoop):
                 self.best = load_checkpoint(output_dir / BEST)["top1"]
 
     def train(self) -> dict[str, float]:
-        """As the base's; writes the Detectron2 backbone at the end."""
+        """Train, then write the Detectron2 backbone; return the last validation's results."""
         results = super().train()
         self._write_backbone()
         return results
@@ -163,7 +168,7 @@ class Trainer(TrainingLoop):
     def _reference(
         self, cfg, model: nn.Module, samples: Samples, checkpoint: dict | None
     ) -> ReferenceBatch:
-        """Return the reference batch: the checkpoint's again, or chosen and captured."""
+        """Return the reference batch: the checkpoint's, or newly chosen and captured."""
         options, images = refbn_options(cfg), samples.images
         state = checkpoint and checkpoint["refbn"]
         chosen, identity = select_reference(images, options, images.path.name, identity=state)
@@ -197,9 +202,9 @@ class Trainer(TrainingLoop):
         return reference
 
     def step(self, iteration: int, batch: tuple) -> tuple[float, dict[str, float]]:
-        """Run one optimizer step; return learning rate, loss and accuracy (%) of this worker.
+        """Run one optimizer step; return learning rate, and this worker's loss and accuracy (%).
 
-        A mixed image counts as what it shows most of.
+        The class of a mixed image is the one with the largest share.
         """
         solver, inputs = self.cfg.SOLVER, self.cfg.INPUT
         images, labels, unreadable = batch
@@ -224,7 +229,7 @@ class Trainer(TrainingLoop):
                     logits = self.wrapped(x)
                     loss = self.loss(logits.float(), y) / parts
                 self.scaler.scale(loss).backward()
-            if self.reference and part == 0:  # a slice goes with the first part
+            if self.reference and part == 0:  # the slice is appended to the first part
                 self.reference.after_step()
             total += loss.detach()
             outputs.append(logits.detach())
@@ -242,7 +247,7 @@ class Trainer(TrainingLoop):
         return self.optimizer.param_groups[0]["lr"], measured
 
     def _synchronized(self, synchronized: bool):
-        """Return a context in which workers exchange gradients, or (False) each sums up its own."""
+        """Return a context in which workers exchange gradients, or (False) each keeps its own."""
         if synchronized or self.wrapped is self.model:
             return nullcontext()
         return self.wrapped.no_sync()
@@ -252,7 +257,7 @@ class Trainer(TrainingLoop):
         return self.evaluator(_named(self.model, self.ema))
 
     def show(self, writer: EventWriter, iteration: int, results: dict[str, float]) -> None:
-        """Also keep the best weights so far, the moving average's where there is one."""
+        """Write the results, and keep the best weights so far (the moving average's, with EMA)."""
         super().show(writer, iteration, results)
         top1 = results["ema/top1" if self.ema else "val/top1"]
         if top1 > self.best:
@@ -261,30 +266,30 @@ class Trainer(TrainingLoop):
             save_checkpoint(state, self.output_dir / BEST)
 
     def state_dict(self) -> dict:
-        """Return the base's, with the moving average."""
+        """Return the base class's state, with the moving average."""
         average = {"model_ema": self.ema.module.state_dict()} if self.ema else {}
         return super().state_dict() | average
 
     def save(self, iteration: int) -> None:
-        """Also remove the checkpoint before."""
+        """Write a checkpoint, and remove the previous one."""
         before = last_checkpoint_name(self.output_dir)
         super().save(iteration)
         if distributed.rank() == 0 and before not in (None, last_checkpoint_name(self.output_dir)):
             (self.output_dir / before).unlink(missing_ok=True)
 
     def _weights(self) -> dict[str, Tensor]:
-        """Return what the run is for."""
+        """Return the run's final weights: the moving average's if it exists, else the model's."""
         return (self.ema.module if self.ema else self.model).state_dict()
 
     def _write_backbone(self) -> None:
-        """Write backbone.pkl and backbone.yaml for Detectron2, where it has such a backbone."""
+        """Write backbone.pkl and backbone.yaml, if Detectron2 can build the backbone."""
         if distributed.rank() != 0:
             return
         config = write_backbone(self.cfg, self.model, self._weights(), self.output_dir)
         if config is None:
-            logger.warning("No backbone written: Detectron2 has no %s.", self.cfg.MODEL.NAME)
+            logger.warning("No backbone written: Detectron2 cannot build %s.", self.cfg.MODEL.NAME)
             return
         logger.info(
-            "Wrote the backbone for Detectron2, and these keys that belong to it (%s):\n%s",
+            "Wrote the backbone for Detectron2, and the config keys that it needs (%s):\n%s",
             self.output_dir / "backbone.yaml", yaml.safe_dump(config, sort_keys=False),
         )  # fmt: skip

@@ -1,1 +1,1 @@
-"""What a norm does for generalization: many runs, their metrics, statistics and a report."""
+"""Measure what norms do for generalization: runs, their metrics, statistics and a report."""

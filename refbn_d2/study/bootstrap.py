@@ -1,4 +1,4 @@
-"""The paired bootstrap over test pictures of a detection study."""
+"""Compute the paired bootstrap over the test pictures of a detection study."""
 
 import hashlib
 from collections.abc import Callable
@@ -17,11 +17,11 @@ RESAMPLES = 500
 
 
 def bootstrap(plan: Plan, n_resamples: int = RESAMPLES) -> list[dict]:
-    """Compare each norm with the baseline: AP of all objects, mean over the seeds that both have.
+    """Compare each norm with the baseline by AP of all objects, mean over the seeds of both.
 
     Returns:
-        A dict a comparison: norm, condition, metric, difference, interval, p_value, p_holm
-        (corrected for all of them), n_images, seeds.
+        A dict per comparison: norm, condition, metric, difference, interval, p_value, p_holm
+        (corrected for all comparisons), n_images, seeds.
     """
     study, sets = plan.study, plan.sets
     assert isinstance(sets, DetectionSets)
@@ -50,7 +50,7 @@ def bootstrap(plan: Plan, n_resamples: int = RESAMPLES) -> list[dict]:
                 )
                 try:
                     result = paired_bootstrap(own, base, len(sets.domains()), n_resamples)
-                except DataError:  # no objects
+                except DataError:  # the test set has no objects
                     continue
                 found.append(
                     {"norm": norm, "condition": condition.name, "metric": f"{task}/AP",
@@ -61,9 +61,9 @@ def bootstrap(plan: Plan, n_resamples: int = RESAMPLES) -> list[dict]:
 
 
 def _resampled(sets: DetectionSets, job: Job, task: str) -> Callable[[np.ndarray], float]:
-    """counts -> AP, kept: all comparisons draw the same resamples."""
+    """Return a function counts -> AP that keeps its results: comparisons share their resamples."""
     known: dict[bytes, float] = {}
-    matches: list[Matches] = []  # read when first asked for
+    matches: list[Matches] = []  # read on first use
 
     def ap(counts: np.ndarray) -> float:
         key = hashlib.sha256(np.asarray(counts, float).tobytes()).digest()

@@ -1,7 +1,8 @@
 """Evaluate a classifier on the derived sets of a study: `python -m refbn_d2.study.classification`.
 
-One process for all of them: starting takes longer than a small set. Writes `results.json` in
-OUTPUT_DIR: {label: {"top1" (%), "images"}}; the set "domains" becomes a label "@domain" each.
+One process evaluates all sets, because its start takes longer than a small set. It writes
+`results.json` in OUTPUT_DIR: {label: {"top1" (%), "images"}}. The set "domains" becomes one label
+"@domain" for each domain.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from refbn_d2.utils.file_io import write_text
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Write the accuracies on the sets of `args.sets`."""
+    """Write the accuracies on the sets in `args.sets`."""
     cfg = get_pretrain_cfg()
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)

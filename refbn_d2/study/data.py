@@ -1,8 +1,9 @@
-"""Derived data sets of a study: parts, single domains, and corrupted copies of its sets.
+"""Derive a study's data sets: parts, sets without a domain, and corrupted copies.
 
-They lie in the study's folder, are made once, and are shared by all runs. A detection set is a COCO
-json (with images of its own only where they are corrupted); a classification set is a folder of
-class folders.
+They are made once, in the study's folder, and all runs share them. A detection set is a COCO json;
+only corrupted sets have their own images. A classification set is a folder of class folders.
+
+Names:
 
     label       "corruption/severity"
 """
@@ -27,11 +28,11 @@ from refbn_d2.study.spec import Study, closest
 from refbn_d2.utils.errors import ConfigError, DataError
 from refbn_d2.utils.file_io import write_text
 
-SEED = 0  # of the choice of pictures: the same for all runs of a study
+SEED = 0  # for the choice of pictures: the same in all runs of a study
 
 
 def stratified(groups: Sequence[Hashable], number: int, seed: int = SEED) -> list[int]:
-    """Choose `number` indices at random, with each group's share as among all (0: all of them)."""
+    """Choose `number` indices at random (0: all), in which each group keeps its share."""
     if number <= 0 or number >= len(groups):
         return list(range(len(groups)))
     rng = np.random.default_rng([seed, len(groups)])
@@ -41,7 +42,7 @@ def stratified(groups: Sequence[Hashable], number: int, seed: int = SEED) -> lis
 
 
 def split(groups: Sequence[Hashable], data) -> tuple[list[int], list[int] | None]:
-    """Indices of the training set to train on, and, with `data.tuning`, to evaluate on."""
+    """Return the indices of training images to train on and, with `data.tuning`, to evaluate on."""
     rest, held = list(range(len(groups))), None
     if data.tuning:
         held = stratified(groups, max(1, round(data.tuning * len(groups))))
@@ -51,14 +52,14 @@ def split(groups: Sequence[Hashable], data) -> tuple[list[int], list[int] | None
 
 
 class Sets(ABC):
-    """What the runs of a study train on and are evaluated on."""
+    """The sets on which the runs of a study are trained and evaluated."""
 
     def __init__(self, study: Study, cfg, folder: Path) -> None:
         self.study, self.cfg, self.folder = study, cfg, Path(folder) / "data"
 
     @abstractmethod
     def training(self, hold_out: str | None) -> list:
-        """Overrides [KEY, VALUE, ...] of a training run's config: its sets."""
+        """Return the config overrides [KEY, VALUE, ...] that set the data of a training run."""
 
     @abstractmethod
     def make(self, hold_outs: Sequence[str | None]) -> None:
@@ -66,7 +67,7 @@ class Sets(ABC):
 
     @abstractmethod
     def digests(self) -> dict[str, str]:
-        """What the data is, to notice that it changed."""
+        """Return a hash of each source set, to detect changes of the data."""
 
     def corrupted_labels(self) -> list[str]:
         evaluate = self.study.evaluate
@@ -76,7 +77,7 @@ class Sets(ABC):
         names = list(self.cfg.DATASETS[key])
         if len(names) != 1:
             raise ConfigError(
-                f"study file {self.study.file}: DATASETS.{key} = {names} of {self.study.config}; "
+                f"study file {self.study.file}: {self.study.config} has DATASETS.{key} = {names}; "
                 "a study needs exactly one data set there"
             )
         return names[0]
@@ -85,17 +86,17 @@ class Sets(ABC):
         if domain not in domains:
             known = sorted({str(d) for d in domains if d is not None})
             raise ConfigError(
-                f"study file {self.study.file}: hold_out {domain!r} is no domain of {where}"
+                f"study file {self.study.file}: hold_out {domain!r} is not a domain of {where}"
                 + closest(domain, known)
             )
 
 
 class DetectionSets(Sets):
-    """COCO jsons."""
+    """Sets that are COCO jsons."""
 
     @cached_property
     def source(self) -> dict[str, catalog.Dataset]:
-        """The sets that the config names: "train" and "test"."""
+        """Return the sets that the config names, "train" and "test"."""
         root, found = shapes.datasets_root(), {}
         for part, key in (("train", "TRAIN"), ("test", "TEST")):
             name = self._only(key)
@@ -124,7 +125,7 @@ class DetectionSets(Sets):
 
     @cached_property
     def test(self) -> catalog.Dataset:
-        """The set of the in-domain metrics."""
+        """Return the set for the in-domain metrics."""
         data = self.study.data
         if not (data.test_images or data.tuning):
             return self.source["test"]
@@ -132,7 +133,7 @@ class DetectionSets(Sets):
 
     @cached_property
     def corrupted(self) -> dict[str, catalog.Dataset]:
-        """label -> set."""
+        """Return {label: corrupted set}."""
         return {label: self._derived(label.replace("/", "_")) for label in self.corrupted_labels()}
 
     def training(self, hold_out: str | None) -> list:
@@ -143,14 +144,14 @@ class DetectionSets(Sets):
         ]  # fmt: skip
 
     def evaluation(self) -> list:
-        """Overrides of an evaluation on all corrupted sets."""
+        """Return the config overrides for an evaluation on all corrupted sets."""
         sets = list(self.corrupted.values())
         return [
             "DATASETS.TEST", tuple(s.name for s in sets), "DATASETS.REGISTER", _entries(*sets),
         ]  # fmt: skip
 
     def domains(self) -> dict[int, str | None]:
-        """image id of the test set -> its domain."""
+        """Return {image id in the test set: its domain}."""
         field = self.cfg.DATALOADER.DOMAIN_FIELD
         return {image["id"]: image.get(field) for image in _read(self.test.json_file)["images"]}
 
@@ -204,11 +205,11 @@ class DetectionSets(Sets):
                               [SEED, place])  # fmt: skip
                 renamed.append(image | {"file_name": f"{place}.png"})
                 _write_png(rgb, dataset.image_root / f"{place}.png")
-            _write(content, renamed, dataset.json_file)  # last: its presence says that all is there
+            _write(content, renamed, dataset.json_file)  # last: if it exists, the set is complete
 
 
 class ClassificationSets(Sets):
-    """Folders of class folders."""
+    """Sets that are folders of class folders."""
 
     def _images(self, part: str):
         from refbn_d2.pretrain.data.datasets import ImageSet  # imports timm
@@ -238,7 +239,7 @@ class ClassificationSets(Sets):
         return self.folder / (f"train_without_{hold_out}" if hold_out else "train")
 
     def evaluation(self) -> dict[str, str]:
-        """label -> folder of corrupted pictures, "clean" the same as they were, "domains" all."""
+        """Return {label: folder}: corrupted pictures, the same ones "clean", all in "domains"."""
         labels = self.corrupted_labels()
         if labels:
             labels.insert(0, "clean")
@@ -248,7 +249,7 @@ class ClassificationSets(Sets):
         return folders
 
     def short(self, steps: int, batch: int) -> list:
-        """Overrides of a training of about `steps` steps; writes its sets."""
+        """Write the sets of a training of about `steps` steps, and return its config overrides."""
         images, folders = self._images("train"), []
         for name, number in (("short", steps * batch), ("short_test", 8 * images.num_classes)):
             folder = self.folder / f"{name}_{number}"
@@ -260,24 +261,24 @@ class ClassificationSets(Sets):
         ]  # fmt: skip
 
     def _test_path(self) -> Path:
-        """Where the pictures of the in-domain metrics are."""
+        """Return the path of the pictures for the in-domain metrics."""
         data = self.study.data
         if data.test_images or data.tuning:
             return self.folder / "test"
         return self._images("test").path
 
     def test_images(self):
-        """The pictures of the in-domain metrics."""
+        """Return the pictures for the in-domain metrics."""
         from refbn_d2.pretrain.data.datasets import ImageSet
 
         return ImageSet(self._test_path())
 
     def _domains(self, images) -> list[str]:
-        """The domain of each picture, by its name."""
+        """Return the domain of each picture, by its name."""
         found: list = [shapes.domain_of(name) for name in images.reader.filenames()]
         if None in found:
             raise DataError(
-                f"{images.path}: the name of {images.reader.filename(found.index(None))} tells no "
+                f"{images.path}: the name of {images.reader.filename(found.index(None))} has no "
                 f"domain; evaluate.domains and hold_out need names as *_{shapes.DOMAINS[0]}.png"
             )
         return found
@@ -313,7 +314,7 @@ class ClassificationSets(Sets):
         if evaluate.corruptions and 0 < evaluate.images < test_images.num_classes:
             raise ConfigError(
                 f"study file {self.study.file}, evaluate.corruptions.images: is {evaluate.images}; "
-                f"allowed: 0, or as many as there are classes, {test_images.num_classes}, or more"
+                f"allowed: 0, or at least the number of classes, {test_images.num_classes}"
             )
         few = [test[i] for i in stratified([test_images.labels[i] for i in test], evaluate.images)]
         if evaluate.corruptions:
@@ -323,13 +324,13 @@ class ClassificationSets(Sets):
 
 
 def sets_of(study: Study, cfg, folder: Path) -> DetectionSets | ClassificationSets:
-    """The sets of a study; `cfg` is its base config."""
+    """Return the sets of a study; `cfg` is its base config."""
     kind = DetectionSets if study.task == "detection" else ClassificationSets
     return kind(study, cfg, folder)
 
 
 def _entries(*datasets: catalog.Dataset) -> tuple:
-    """DATASETS.REGISTER of those that the catalog does not know by itself."""
+    """Return DATASETS.REGISTER for the data sets that are not in the catalog."""
     return tuple(
         {
             d.name: (d.name, str(d.json_file.resolve()), str(d.image_root.resolve()))
@@ -349,18 +350,18 @@ def _read(json_file: Path) -> dict:
         images = content["images"]
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{json_file} does not exist; data is looked for in the folder that the environment "
-            "variable DETECTRON2_DATASETS names (./datasets without it)"
+            f"{json_file} does not exist; set the environment variable DETECTRON2_DATASETS to the "
+            "folder of the data sets (default: ./datasets)"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{json_file} is not in COCO's format: {error!r}") from error
     if not images:
-        raise DataError(f"{json_file} has no pictures: its list of images is empty")
+        raise DataError(f"{json_file} has no pictures: its list `images` must not be empty")
     return content
 
 
 def _write(content: dict, images: list[dict], path: Path) -> None:
-    """`content` with these images, and their annotations only."""
+    """Write `content` with only these images and their annotations."""
     ids = {image["id"] for image in images}
     kept = [a for a in content.get("annotations", []) if a["image_id"] in ids]
     write_text(path, json.dumps(content | {"images": images, "annotations": kept}))
@@ -371,11 +372,11 @@ def _write_png(rgb: np.ndarray, path: Path) -> None:
 
 
 def _copy(images, indices: Sequence[int], folder: Path, label: str = "") -> None:
-    """Some images as a folder of class folders, corrupted as `label` says; whole or not at all."""
+    """Copy images into a folder of class folders, whole or not at all; `label` corrupts them."""
     if folder.exists():
         return
     if not len(indices):
-        raise DataError(f"{images.path}: there is no picture for {folder.name}")
+        raise DataError(f"{images.path} has no pictures for {folder.name}; check the study's sets")
     classes = {label: name for name, label in images.class_to_idx.items()}
     change = _corruption(label) if label else None
     partial = folder.with_name(f".{folder.name}.tmp")

@@ -1,4 +1,6 @@
-"""The metrics of a run, from what it left in its folder.
+"""Compute the metrics of a run from the files in its folder.
+
+Metrics:
 
     metric                  detection           classification
     in-domain               bbox/AP             error
@@ -30,17 +32,17 @@ _IOU = {"AP": None, "AP50": 0.5, "AP75": 0.75}
 
 class Measured(NamedTuple):
     value: float
-    n: int  # pictures, or steps of the run
+    n: int  # number of pictures, or of steps of the run
     status: str = "done"
 
 
 def evaluate_run(
     study: Study, sets: DetectionSets | ClassificationSets, job: Job
 ) -> dict[str, Measured]:
-    """metric -> value of a run that is done.
+    """Return {metric: value} of a run that is done.
 
     Raises:
-        DataError, FileNotFoundError: the run's files are not what a run leaves.
+        DataError, FileNotFoundError: the run's files are missing or broken.
     """
     curves = read_curves(job.folder / "metrics.json")
     if isinstance(sets, DetectionSets):
@@ -55,10 +57,10 @@ def _steps(evaluate: Evaluate, curves: dict) -> dict[str, Measured]:
     for curve, targets in evaluate.steps_to.items():
         if curve not in curves:
             raise DataError(
-                f"evaluate.steps_to: a run logs no {curve!r}; it logs {', '.join(sorted(curves))}"
+                f"evaluate.steps_to: runs do not log {curve!r}; known: {', '.join(sorted(curves))}"
             )
         steps, values = curves[curve]
-        below = "loss" in curve  # else it is an AP or an accuracy
+        below = "loss" in curve  # otherwise it is an AP or an accuracy
         for target in targets:
             reached = steps_to(steps, values, target, below=below)
             status = "not reached" if reached is None else "done"
@@ -68,7 +70,7 @@ def _steps(evaluate: Evaluate, curves: dict) -> dict[str, Measured]:
 
 
 def read_curves(metrics_json: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """name -> (steps done, values) of a run's metrics.json; the last line of a step counts."""
+    """Return {name: (steps done, values)} of a metrics.json; the last line of a step counts."""
     points: dict[str, dict[int, float]] = defaultdict(dict)
     lines = metrics_json.read_text().splitlines()
     for line in lines:
@@ -110,7 +112,7 @@ def _by_task(evaluate: Evaluate) -> dict[str, list[str]]:
 
 
 def clean_matches(sets: DetectionSets, job: Job, task: str) -> Matches:
-    """The matches of a run's detections on the whole test set."""
+    """Return the matches of a run's detections on the whole test set."""
     results = _read(job.folder / "inference" / "coco_instances_results.json")
     return match_images(sets.test.json_file, results, task, job.tags["max_dets"])
 
@@ -121,7 +123,7 @@ def _ap(matches: Matches, image_ids: list[int], metric: str) -> Measured:
 
 
 def _corrupted(sets: DetectionSets, job: Job, task: str, clean: Matches) -> dict[str, Measured]:
-    """AP on each corrupted set, and mPC and rPC against the same pictures as they were."""
+    """Return AP on each corrupted set, mPC, and rPC relative to the same pictures uncorrupted."""
     by_name: dict[str, dict[int, float]] = defaultdict(dict)
     measured, ids = {}, []
     for label, dataset in sets.corrupted.items():

@@ -1,11 +1,11 @@
-"""What a result depends on beside its config: the code that computes numbers."""
+"""Hash the code that a result depends on."""
 
 import ast
 import hashlib
 from functools import cache
 from pathlib import Path
 
-# What changes no number of a run: these folders, and of this one all but these files.
+# These folders do not change the numbers of a run. In this folder, only these files do.
 _NO_NUMBERS = ("visualization", "export")
 _NUMBERS_HERE = ("classification.py", "data.py", "evaluation.py")
 
@@ -24,7 +24,7 @@ def code_hash() -> str:
 
 
 def normalized(source: str) -> str:
-    """Return the syntax tree of `source` without docstrings: equal for code that does the same."""
+    """Return the syntax tree of `source` without docstrings, comments and formatting."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

@@ -39,12 +39,12 @@ def measure(args: argparse.Namespace) -> None:
     """Do what `tools/measure_generalization.py` does; see its `--help` for `args`.
 
     Raises:
-        RefBNError, OSError: a study, its data or what is in its folder cannot be used.
-        ChildProcessError: runs failed; all others were done.
+        RefBNError, OSError: the study, its data or its folder cannot be used.
+        ChildProcessError: some runs failed; all others are done.
         SystemExit: stopped by SIGINT or SIGTERM.
     """
     if args.jobs < 0:
-        raise ConfigError(f"--jobs {args.jobs}; allowed: 1 or more, or 0 for one a GPU")
+        raise ConfigError(f"--jobs {args.jobs}; allowed: 1 or more, or 0 for one per GPU")
     study = load_study(args.study)
     only = parse_only(args.only, study)
     folder = Path(args.output_dir or f"output/studies/{study.name}")
@@ -52,7 +52,7 @@ def measure(args: argparse.Namespace) -> None:
     earlier = earlier_results(args.have, study, args.same_code) if args.have else {}
     jobs = plan.jobs(only, earlier)
     if not jobs and not earlier:
-        raise ConfigError(f"--only {args.only!r}: the study has no such run")
+        raise ConfigError(f"--only {args.only!r}: the study has no such run; --dry-run lists all")
     if args.dry_run:
         for job in jobs:
             for stage in job.stages:
@@ -69,13 +69,13 @@ def measure(args: argparse.Namespace) -> None:
         write_results(plan, folder, costs, earlier)
     if failed:
         raise ChildProcessError(
-            f"{len(failed)} of {len(jobs)} jobs failed, and the others are done: "
+            f"{len(failed)} of {len(jobs)} jobs failed; the same command tries them again: "
             + "; ".join(f"{r.job.folder}: {r.content['error']}" for r in failed[:5])
         )
 
 
 def engine_of(name: str) -> str:
-    """The engine that "auto" stands for here."""
+    """Return the engine `name`; for "auto", the one that is installed."""
     if name != "auto":
         return name
     from refbn_d2.engines.select import select_engine
@@ -84,16 +84,16 @@ def engine_of(name: str) -> str:
 
 
 def check_study(study: Study, folder: Path) -> None:
-    """Return if the folder holds this study, or none yet.
+    """Return if the folder holds this study, or no study.
 
     Raises:
-        ConfigError: it holds another one.
+        ConfigError: it holds another study.
     """
     path = folder / "study.json"
     before = json.loads(path.read_text())["study"] if path.exists() else study.name
     if before != study.name:
         raise ConfigError(
-            f"{folder} holds the study {before!r}, not {study.name!r}; name another --output-dir"
+            f"{folder} holds the study {before!r}, not {study.name!r}; give another --output-dir"
         )
     path.write_text(json.dumps({"study": study.name}))
 
@@ -103,13 +103,13 @@ def _command(study: Study, *more: str) -> list[str]:
 
 
 def rows_of(plan: Plan, earlier: Mapping[Run, list[Row]]) -> Iterable[Row]:
-    """Yield the rows of all runs of the study; of those that are not done, one without a value.
+    """Yield the rows of all runs of the study; a run that is not done has one row without a value.
 
     Args:
         earlier: rows of runs that are not in the folder.
 
     Raises:
-        ConfigError: a run in the folder is of another version of the study or of the code.
+        ConfigError: a run in the folder was made by another version of the study or of the code.
     """
     study = plan.study
     for job in plan.runs:
@@ -126,7 +126,7 @@ def rows_of(plan: Plan, earlier: Mapping[Run, list[Row]]) -> Iterable[Row]:
                 yield Row(*common, metric, NAN, 0, record.status, command)
             continue
         evaluate = plain(vars(study.evaluate))
-        if record.content.get("evaluate") != evaluate:  # measured by another study file, or not yet
+        if record.content.get("evaluate") != evaluate:  # not measured, or by another study file
             measured = evaluate_run(study, plan.sets, job)
             record.write(evaluate=evaluate, measured={k: list(m) for k, m in measured.items()})
         for metric, (value, n, status) in record.content["measured"].items():
@@ -155,7 +155,7 @@ def write_results(
     write_text(folder / "results.json", json.dumps(_without_nan(content), indent=1))
     write_text(folder / "results.md", markdown(rows, about, level=1))
     write_text(folder / "report.html", html(rows, about, _pictures(plan, rows), resampled))
-    _say(f"{len(rows)} rows: {folder / 'results.csv'}; the report: {folder / 'report.html'}")
+    _say(f"Wrote {folder / 'results.csv'} ({len(rows)} rows) and {folder / 'report.html'}.")
 
 
 def _cost_rows(study: Study, costs: Mapping[str, Mapping]) -> Iterable[Row]:
@@ -170,7 +170,7 @@ def _cost_rows(study: Study, costs: Mapping[str, Mapping]) -> Iterable[Row]:
 
 
 def _pictures(plan: Plan, rows: Sequence[Row]) -> dict[str, str]:
-    """title -> data URL: the means of each metric, and the losses of one seed a condition."""
+    """Return {title: data URL}: each metric's means, and one seed's losses for each condition."""
     pictures = {}
     for metric in plan.study.evaluate.metrics:
         table = table_of(rows, metric, plan.study.baseline)
@@ -197,7 +197,7 @@ def _pictures(plan: Plan, rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _without_nan(value):
-    """JSON has no nan: None."""
+    """Return `value` with None for nan, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

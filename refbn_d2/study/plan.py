@@ -1,7 +1,9 @@
-"""From a study to its runs: their folders, commands, and what their results depend on.
+"""Plan the runs of a study: their folders, their commands, and what their results depend on.
 
-recipe      all that a run's numbers depend on, as a flat dict; results of another recipe are
-            refused
+Names:
+
+    recipe      everything that a run's numbers depend on, as a flat dict; results of another
+                recipe are refused
 """
 
 import hashlib
@@ -22,7 +24,7 @@ from refbn_d2.study.fingerprint import code_hash
 from refbn_d2.study.spec import Condition, Norm, Overrides, Study, closest
 from refbn_d2.utils.errors import ConfigError
 
-# Keys of a config that change no number, or are part of the recipe by other names.
+# Config keys that change no number, or that the recipe holds under other names.
 _NOT_IN_RECIPE = ("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DEVICE", "DATASETS.REGISTER")
 
 
@@ -33,7 +35,7 @@ class Stage:
     name: str
     module: str
     arguments: tuple[str, ...]
-    resumable: bool = False  # takes --resume where its output folder holds a checkpoint
+    resumable: bool = False  # takes --resume if its output folder holds a checkpoint
     output_dir: Path | None = None
 
     def command(self, resume: bool = False) -> list[str]:
@@ -46,13 +48,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Job:
-    """What is done in one folder: a pretraining, or a run with its evaluation."""
+    """The work in one folder: a pretraining, or a run with its evaluation."""
 
     id: str
     folder: Path
     stages: tuple[Stage, ...]
     recipe: Mapping[str, Any]
-    needs: str = ""  # id of the pretraining that goes before
+    needs: str = ""  # id of the pretraining that it starts from
     norm: str = ""
     condition: str = ""
     seed: int = -1
@@ -69,7 +71,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Only:
-    """Which runs of a study are wanted; an empty set stands for all."""
+    """A selection of a study's runs; an empty set selects all."""
 
     norm: frozenset[str] = frozenset()
     condition: frozenset[str] = frozenset()
@@ -85,10 +87,10 @@ class Only:
 
 
 def parse_only(text: str, study: Study) -> Only:
-    """Read `norm=BN,seed=1,condition=2 iid`; a key given twice takes both.
+    """Parse `norm=BN,seed=1,condition=2 iid`; a key given twice selects both values.
 
     Raises:
-        ConfigError: a key or a value that the study does not have.
+        ConfigError: the study does not have a key or a value.
     """
     known = {
         "norm": list(study.norms),
@@ -99,7 +101,9 @@ def parse_only(text: str, study: Study) -> Only:
     for part in filter(None, text.split(",")):
         key, equals, value = part.partition("=")
         if not equals or key.strip() not in known:
-            raise ConfigError(f"--only {text!r}: {part!r} is no norm=, seed= or condition=")
+            raise ConfigError(
+                f"--only {text!r}: {part!r} is not allowed; write norm=, seed= or condition="
+            )
         key, value = key.strip(), value.strip()
         if value not in known[key]:
             raise ConfigError(
@@ -110,7 +114,7 @@ def parse_only(text: str, study: Study) -> Only:
 
 
 def runs_of(study: Study) -> list[tuple[Norm, Condition, int]]:
-    """Norms x seeds x conditions. Seed by seed, so that an unfinished study compares all norms."""
+    """Return norms x seeds x conditions, seed by seed: an unfinished study compares all norms."""
     return [
         (study.norms[norm], condition, seed)
         for seed in study.seeds
@@ -120,10 +124,10 @@ def runs_of(study: Study) -> list[tuple[Norm, Condition, int]]:
 
 
 class Plan:
-    """The jobs of a study in a folder. Its configs are all built once, so that errors show now.
+    """The jobs of a study in a folder. All configs are built at once, so that errors show now.
 
     Raises:
-        ConfigError: a config that cannot be used; names norm and condition.
+        ConfigError: a config cannot be used; names norm and condition.
     """
 
     def __init__(self, study: Study, folder: Path, engine: str) -> None:
@@ -138,7 +142,8 @@ class Plan:
         folders = [job.folder for job in self.jobs()]
         if len(set(folders)) < len(folders):
             raise ConfigError(
-                f"study file {study.file}: two norms or conditions differ in signs only"
+                f"study file {study.file}: the names of two norms or conditions differ only in "
+                "characters that a folder's name leaves out; rename one"
             )
 
     def jobs(
@@ -184,7 +189,7 @@ class Plan:
         )  # fmt: skip
 
     def _predicted_on(self) -> dict[str, Any]:
-        """What of `evaluate` a run's processes do. The rest is computed from what they left."""
+        """Return the part of `evaluate` that a run's processes do; the rest uses their files."""
         evaluate = self.study.evaluate
         return {
             "corruptions": evaluate.corruptions, "severities": evaluate.severities,
@@ -200,7 +205,7 @@ class Plan:
         return Stage(name, "refbn_d2.engines", (*engine, *arguments), True, folder)
 
     def _evaluation(self, folder: Path, opts: Sequence) -> list[Stage]:
-        """The processes that predict on everything but the whole test set, if any."""
+        """Return the processes that predict on everything but the whole test set."""
         study, final = self.study, str(folder / "model_final.pth")
         config = ("--config-file", str(study.config))
         if isinstance(self.sets, DetectionSets):
@@ -264,11 +269,11 @@ class Plan:
         known = NORMS + (("LN", "nnSyncBN", "naiveSyncBN") if self.engine == "detectron2" else ())
         for key, value in overrides.items():
             if key.endswith(".NORM") and value not in known:
-                raise ConfigError(f"{key} = {value!r} is no known norm{closest(value, known)}")
+                raise ConfigError(f"{key} = {value!r} is not a known norm{closest(value, known)}")
 
 
 class _named:
-    """Puts the place in front of a config's error."""
+    """Add the place in the study to a config's error."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -287,7 +292,7 @@ def flat(overrides: Mapping[str, Any]) -> list:
 
 
 def words(opts: Sequence) -> list[str]:
-    """Return overrides as words of a command line."""
+    """Return overrides as the words of a command line."""
     return [item if isinstance(item, str) else repr(item) for item in opts]
 
 

@@ -1,9 +1,9 @@
-"""The report of a study, and docs/results.md from committed results.
+"""Write the report of a study, and docs/results.md from committed results.
 
     python -m refbn_d2.study.report docs/results/*.csv --output docs/results.md
 
-Beside each CSV may lie a YAML file of the same name, with its title, text, baseline and
-commands: what a study writes as `results.yaml` beside its `results.csv`.
+A YAML file with the same name as a CSV gives its title, text, baseline and commands. A study writes
+it as `results.yaml`, next to `results.csv`.
 """
 
 import argparse
@@ -37,31 +37,31 @@ MEANING = {
     "segm/AP": "average precision of masks (%)",
     "bbox/mPC": "box AP, mean over the corruptions and severities (%)",
     "segm/mPC": "mask AP, mean over the corruptions and severities (%)",
-    "bbox/rPC": "box AP that is left under corruption, of the clean AP (%)",
-    "segm/rPC": "mask AP that is left under corruption, of the clean AP (%)",
+    "bbox/rPC": "box AP under corruption, relative to the clean AP (%)",
+    "segm/rPC": "mask AP under corruption, relative to the clean AP (%)",
     "error": "top-1 error (%)",
     "loss": "cross entropy on the test set",
     "accuracy/mPC": "top-1 accuracy, mean over the corruptions and severities (%)",
-    "accuracy/rPC": "top-1 accuracy that is left under corruption, of the clean accuracy (%)",
+    "accuracy/rPC": "top-1 accuracy under corruption, relative to the clean accuracy (%)",
 }
 
 
 @dataclass(frozen=True)
 class About:
-    """What a table of numbers does not say."""
+    """The texts of a study's report."""
 
     study: str
     title: str
     baseline: str
     text: str = ""
     command: str = ""
-    norms: Mapping[str, str] = field(default_factory=dict)  # name -> what it is
+    norms: Mapping[str, str] = field(default_factory=dict)  # name -> description
     conditions: Mapping[str, str] = field(default_factory=dict)
     code: str = ""  # `code_hash` of the code that made the results
 
 
 def meaning(metric: str) -> str:
-    """Return what a metric is, in words."""
+    """Return a description of a metric."""
     if metric in MEANING:
         return MEANING[metric]
     for mark, words in (("@", "on the domain"), ("~", "under the corruption/severity")):
@@ -86,7 +86,7 @@ def markdown(rows: Sequence[Row], about: About, level: int = 2) -> str:
     sharp = "#" * level
     parts = [f"{sharp} {about.title}", about.text.strip()]
     if about.command:
-        parts.append(f"All of it: `{about.command}`. Each row of the CSV has its own command.")
+        parts.append(f"Made by `{about.command}`. Each row of the CSV has its own command.")
     for table in all_tables(rows, about.baseline):
         if "~" not in table.metric:  # single corruptions are in the CSV
             parts += [f"{sharp}# {table.metric}: {meaning(table.metric)}", *_tables(table)]
@@ -108,8 +108,8 @@ def _tables(table: Table) -> list[str]:
     ]
     if any(cell for row in differences for cell in row[1:]):
         parts += [
-            f"Difference to {table.baseline}, paired by seed ({table.comparisons} comparisons with "
-            "a test):",
+            f"Difference from {table.baseline}, paired by seed ({table.comparisons} comparisons "
+            "with a test):",
             grid(head, differences),
         ]
     return parts
@@ -143,29 +143,29 @@ HEADER = """# Results
 
 <!-- Made by `python -m refbn_d2.study.report docs/results/*.csv --output docs/results.md`. -->
 
-Every number is made by a command that stands beside it in `docs/results/*.csv`.
-[Measuring](measuring.md) explains the metrics. "± x" is half a 95 % t interval of the mean over n
-seeds. A difference is the mean of the differences of runs with the same seed, with its 95 %
-interval; p is of the paired t test, and "Holm" is p corrected for all comparisons of its table.
+Each row of `docs/results/*.csv` has the command that makes its number. [Measuring](measuring.md)
+explains the metrics. "± x" is half of the 95 % t interval of the mean over n seeds. A difference is
+the mean over pairs of runs with the same seed, with its 95 % interval. p is the p-value of the
+paired t test, and "Holm" is p corrected for all comparisons in its table.
 """
 
 
 def results_page(files: Sequence[Path]) -> str:
-    """Return docs/results.md."""
+    """Return the text of docs/results.md."""
     parts = [HEADER]
     for file in files:
         rows = read_csv(file)
         parts.append(markdown(rows, about_of(file, rows)))
     if not files:
-        parts.append("No study's results are here yet.\n")
+        parts.append("There are no results yet.\n")
     return "\n".join(parts)
 
 
 def about_of(csv: Path, rows: Sequence[Row]) -> About:
-    """What the YAML file beside a CSV says; without one, what the rows tell.
+    """Return the texts in a CSV's YAML file; if there is none, texts inferred from the rows.
 
     Raises:
-        DataError: the CSV has no rows, or is of several studies, or the YAML has unknown keys.
+        DataError: the CSV has no rows or rows of several studies, or the YAML has unknown keys.
     """
     studies = sorted({row.study for row in rows})
     if len(studies) != 1:
@@ -190,7 +190,7 @@ def html(
 
     Args:
         pictures: title -> data URL.
-        bootstrap: of `study.bootstrap`.
+        bootstrap: the result of `study.bootstrap`.
     """
     tables = all_tables(rows, about.baseline)
     environment = jinja2.Environment(
@@ -209,7 +209,7 @@ def html(
 
 
 def _lost(rows: Sequence[Row]) -> list[Row]:
-    """One row of each run without a value."""
+    """Return one row of each run without a value."""
     lost = [r for r in rows if r.status in ("diverged", "failed", "not run")]
     return list({(r.norm, r.condition, r.seed): r for r in lost}.values())
 
@@ -219,7 +219,7 @@ def data_url(png: Path) -> str:
 
 
 def drawn(draw: Any, *arguments) -> str:
-    """The data URL of what `draw(*arguments, path)` writes."""
+    """Return the data URL of the picture that `draw(*arguments, path)` writes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "picture.png"
         draw(*arguments, path)
@@ -231,7 +231,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("csv", nargs="*", type=Path, help="results of studies")
-    p.add_argument("--output", type=Path, required=True, help="as docs/results.md")
+    p.add_argument("--output", type=Path, required=True, help="for example docs/results.md")
     run_or_exit(
         lambda args: write_text(args.output, results_page(sorted(args.csv))), p.parse_args()
     )

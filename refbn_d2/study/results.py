@@ -1,4 +1,4 @@
-"""A study's results: one row a run and metric, as CSV."""
+"""Write and read a study's results: a CSV with one row per run and metric."""
 
 import csv
 import io
@@ -15,15 +15,15 @@ STATUSES = ("done", "diverged", "failed", "not reached", "not run")
 
 @dataclass(frozen=True)
 class Row:
-    """One value. It is nan unless the status is "done"."""
+    """One value; nan unless the status is "done"."""
 
     study: str
     norm: str
-    seed: int | None  # None: not of one seed (time and memory)
+    seed: int | None  # None for time and memory, which do not belong to a seed
     condition: str
     metric: str
     value: float
-    n: int  # what the value is a mean over: pictures, steps or rounds
+    n: int  # number of pictures, steps or rounds that the value is a mean over
     status: str
     command: str
 
@@ -32,7 +32,7 @@ COLUMNS = [f.name for f in fields(Row)]
 
 
 def write_csv(rows: Iterable[Row], path: str | Path) -> None:
-    """Write the rows; values with 6 significant digits, so that files compare well."""
+    """Write the rows, with values of 6 significant digits, so that files can be compared."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -45,11 +45,11 @@ def write_csv(rows: Iterable[Row], path: str | Path) -> None:
 
 
 def read_csv(path: str | Path) -> list[Row]:
-    """Read what `write_csv` wrote.
+    """Read a file of `write_csv`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        DataError: it is no such table; names the line.
+        DataError: it is not such a table; names the line.
     """
     path = Path(path)
     if not path.is_file():
@@ -57,7 +57,7 @@ def read_csv(path: str | Path) -> list[Row]:
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != COLUMNS:
-            raise DataError(f"{path} has the columns {reader.fieldnames}; results have {COLUMNS}")
+            raise DataError(f"{path} has the columns {reader.fieldnames}; allowed: {COLUMNS}")
         return [_row(path, reader.line_num, cells) for cells in reader]
 
 
@@ -69,7 +69,9 @@ def _row(path: Path, line: int, cells: dict) -> Row:
     except (TypeError, ValueError) as error:
         raise DataError(f"{path}, line {line}: {error}") from error
     if row.status not in STATUSES:
-        raise DataError(f"{path}, line {line}: status {row.status!r}; known: {STATUSES}")
+        raise DataError(f"{path}, line {line}: status {row.status!r}; allowed: {STATUSES}")
     if row.status == "done" and not math.isfinite(row.value):
-        raise DataError(f"{path}, line {line}: a run that is done has the value {row.value}")
+        raise DataError(
+            f"{path}, line {line}: status 'done' with the value {row.value}; allowed: a number"
+        )
     return row

@@ -1,7 +1,7 @@
-"""Runs the jobs of a study in processes: what is missing, several at a time, resumable.
+"""Run a study's unfinished jobs in processes, several at a time; an interrupted study resumes.
 
-Each job's folder holds `status.json`: {"status", "recipe", "seconds", "stages", "error"}, and
-`output.txt`, what its processes said.
+Each job's folder holds `status.json`, {"status", "recipe", "seconds", "stages", "error"}, and
+`output.txt`, the output of its processes.
 """
 
 import fcntl
@@ -22,12 +22,12 @@ from refbn_d2.study.plan import Job
 from refbn_d2.utils.errors import ConfigError, DataError
 from refbn_d2.utils.file_io import write_text
 
-POLL = 0.1  # seconds between looks at the processes
+POLL = 0.1  # seconds between two checks of the processes
 ENDED = ("done", "diverged")
 
 
 class Record:
-    """status.json of a job.
+    """A job's status.json.
 
     Raises:
         DataError: it cannot be read.
@@ -52,10 +52,10 @@ class Record:
         return self.content["status"]
 
     def check(self) -> None:
-        """Return if what is there was made by this recipe.
+        """Return if the results in the folder, if any, were made by this recipe.
 
         Raises:
-            ConfigError: it was not; names what differs.
+            ConfigError: they were not; names the differences.
         """
         before = self.content.get("recipe")
         if before is None or before == self.job.recipe:
@@ -68,7 +68,7 @@ class Record:
         ]
         raise ConfigError(
             f"{self.job.folder} holds {self.job.id} of another version of the study or of the code "
-            f"({'; '.join(changed)}). Results of two versions are not mixed: start anew with "
+            f"({'; '.join(changed)}). Results of two versions are not mixed: give another "
             "--output-dir, or delete that folder"
         )
 
@@ -91,10 +91,10 @@ class _Running:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the study's folder: two programs would overwrite each other's runs.
+    """Lock the study's folder, so that two programs do not overwrite each other's runs.
 
     Raises:
-        ConfigError: another program holds it.
+        ConfigError: another program has locked it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
@@ -102,13 +102,13 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"another program works in {folder}; wait for it, or name another --output-dir"
+                f"another program works in {folder}; wait for it, or give another --output-dir"
             ) from None
         yield
 
 
 def gpus() -> list[str]:
-    """The GPUs that runs can have, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs for the runs, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -118,7 +118,7 @@ def gpus() -> list[str]:
 
 
 class Runner:
-    """Starts jobs in their order, `slots` at a time; a failed one does not stop the others."""
+    """Run jobs in their order, `slots` at a time; a failed job does not stop the others."""
 
     def __init__(self, jobs: Iterable[Job], slots: int = 0) -> None:
         self.jobs = list(jobs)
@@ -131,15 +131,15 @@ class Runner:
         self.durations: dict[str, list[float]] = {}
 
     def run(self) -> None:
-        """Run all that is not done.
+        """Run all jobs that are not done.
 
         Raises:
-            SystemExit: stopped by SIGINT or SIGTERM (128 + signal); every process was told to
-                write its checkpoint.
+            SystemExit: stopped by SIGINT or SIGTERM (128 + signal), after every process has been
+                asked to write its checkpoint.
         """
         waiting = [job for job in self.jobs if self.records[job.id].status not in ENDED]
         done = len(self.jobs) - len(waiting)
-        _say(f"{len(self.jobs)} jobs: {done} done before, {len(waiting)} to run, "
+        _say(f"{len(self.jobs)} jobs: {done} already done, {len(waiting)} to run, "
              f"{self.slots} at a time.")  # fmt: skip
         running: list[_Running] = []
         before = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -165,7 +165,7 @@ class Runner:
             raise SystemExit(128 + self.stopped)
 
     def _next(self, waiting: list[Job]) -> Job | None:
-        """The first job whose pretraining is done. Those whose pretraining failed fail too."""
+        """Return the first job whose pretraining is done; fail jobs whose pretraining failed."""
         for job in waiting[:]:
             status = self.records[job.needs].status if job.needs else "done"
             if status == "done":
@@ -180,7 +180,7 @@ class Runner:
         if job.recipe.get("code") not in (None, code_hash.__wrapped__()):
             raise ConfigError(
                 "the package's code was changed while the study ran; start again with another "
-                "--output-dir, from a copy that stays as it is"
+                "--output-dir, from a copy of the code that nobody edits"
             )
         job.folder.mkdir(parents=True, exist_ok=True)
         record = self.records[job.id]
@@ -192,7 +192,7 @@ class Runner:
         return one
 
     def _advance(self, one: _Running) -> bool:
-        """Start the next stage where one has ended; True when the job has."""
+        """Start the next stage if one has ended; return whether the job has ended."""
         if one.process is not None:
             code = one.process.poll()
             if code is None:
@@ -203,7 +203,7 @@ class Runner:
             one.record.write()
         stage = next(one.stages, None)
         if stage is None:
-            for file in one.job.folder.glob("model_[0-9]*.pth"):  # all but the last
+            for file in one.job.folder.glob("model_[0-9]*.pth"):  # all checkpoints but the last
                 file.unlink()
             return self._close(one, "done", "")
         resume = bool(
@@ -216,7 +216,7 @@ class Runner:
         one.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=one.output, stderr=subprocess.STDOUT,
             env=self._environment(one.slot),
-            start_new_session=True,  # Ctrl-C reaches the study alone, which passes it on once
+            start_new_session=True,  # Ctrl-C reaches only the study, which passes it on once
         )  # fmt: skip
         return False
 
@@ -248,7 +248,7 @@ class Runner:
         )
 
     def _estimate(self, waiting: list[Job], running: list[_Running]) -> str:
-        """How long the rest will take, by the means of what was run."""
+        """Return how long the rest will take, by the mean times of finished jobs."""
         known = [s for seconds in self.durations.values() for s in seconds]
         if not known or not (waiting or running):
             return ""
@@ -263,14 +263,16 @@ class Runner:
         return f"; about {max(1, round(left / self.slots / 60))} min left"
 
     def _stop(self, number: int, frame) -> None:
-        if self.stopped:  # the second time, while processes are waited for
+        if self.stopped:  # a second signal, while the processes end
             raise SystemExit(128 + number)
         self.stopped = number
 
     def _end(self, running: list[_Running]) -> None:
-        """End what still runs: each process writes a checkpoint."""
+        """End the running processes; each writes a checkpoint."""
         if running:
-            _say(f"Stopping {len(running)} runs; each writes a checkpoint. Start again to go on.")
+            _say(
+                f"Stopping {len(running)} runs; each writes a checkpoint. Start again to continue."
+            )
         for one in running:
             if one.process and one.process.poll() is None:
                 one.process.terminate()
@@ -281,7 +283,7 @@ class Runner:
 
 
 def _why(code: int, one: _Running) -> tuple[str, str]:
-    """ "diverged" or "failed", and the last line that the process said."""
+    """Return "diverged" or "failed", and the last line of the process's output."""
     lines = (one.job.folder / "output.txt").read_text(errors="replace").splitlines()
     last = next((line for line in reversed(lines) if line.strip()), "")
     status = "diverged" if last.startswith("FloatingPointError") else "failed"

@@ -1,6 +1,6 @@
-"""The study file: what is trained, with which norms, seeds and conditions, and what is measured.
+"""Read and check a study file: what to train, with which norms, seeds and conditions.
 
-docs/measuring.md explains every key. All of a file is checked before anything runs.
+docs/measuring.md explains every key. The whole file is checked before anything runs.
 """
 
 import difflib
@@ -20,7 +20,7 @@ METRICS = {
     "detection": tuple(f"{t}/{m}" for t in ("bbox", "segm") for m in ("AP", "AP50", "AP75")),
     "classification": ("error", "loss"),
 }
-CURVES = {  # in metrics.json, that `steps_to` can ask for
+CURVES = {  # names in metrics.json that `steps_to` can use
     "detection": (
         "total_loss", "loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc",
         "bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50",
@@ -28,7 +28,7 @@ CURVES = {  # in metrics.json, that `steps_to` can ask for
     "classification": ("total_loss", "train/top1", "val/top1", "val/loss"),
 }  # fmt: skip
 _DEFAULT_METRICS = {"detection": ["bbox/AP", "segm/AP"], "classification": ["error"]}
-_NOT_IN_NAMES = set(',=/"\n')  # of norms and conditions: `--only` and CSV files use them
+_NOT_IN_NAMES = set(',=/"\n')  # of norms and conditions: `--only` and CSV files need them
 
 Overrides = dict[str, Any]  # full config key -> value
 
@@ -37,28 +37,28 @@ Overrides = dict[str, Any]  # full config key -> value
 class Norm:
     name: str
     overrides: Overrides
-    pretrain: Overrides  # of the pretraining; norms with equal ones share it
-    text: str  # what it is, for the report
+    pretrain: Overrides  # of the pretraining; norms with equal overrides share one
+    text: str  # description for the report
 
 
 @dataclass(frozen=True)
 class Condition:
     name: str
     overrides: Overrides
-    norms: tuple[str, ...]  # those that are trained under it
+    norms: tuple[str, ...]  # the norms that are trained under it
     pretrained: bool  # False: from scratch
-    hold_out: str | None  # a domain that the training set goes without
-    text: str  # for the report
+    hold_out: str | None  # a domain that is left out of the training set
+    text: str  # description for the report
 
 
 @dataclass(frozen=True)
 class Data:
-    """Where the data is, and how much of it is used."""
+    """The data of a study, and how much of it is used."""
 
-    register: dict[str, tuple[str, str]]  # name -> json, image folder, in $DETECTRON2_DATASETS
+    register: dict[str, tuple[str, str]]  # name -> (json, image folder) in $DETECTRON2_DATASETS
     train_images: int  # 0: all
     test_images: int  # 0: all
-    tuning: float  # share of the training set to evaluate on in place of the test set; 0: none
+    tuning: float  # share of the training set to evaluate on instead of the test set; 0: none
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,18 @@ class Evaluate:
     domains: bool
     corruptions: tuple[str, ...]
     severities: tuple[int, ...]
-    images: int  # pictures that are corrupted; 0: all of the test set
+    images: int  # number of pictures to corrupt; 0: all of the test set
     steps_to: dict[str, tuple[float, ...]]  # name in metrics.json -> targets
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a step and memory, measured after the training runs; rounds 0: not measured."""
+    """A measurement of seconds a step and memory, after the training runs; none with rounds 0."""
 
     rounds: int
     steps: int
     conditions: tuple[str, ...]
-    baseline: str  # of the ratios
+    baseline: str  # the norm whose ratio is 1
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def load_study(path: str | Path) -> Study:
     Raises:
         FileNotFoundError: it does not exist.
         ConfigError: it is not YAML, or a key or value cannot be used; names it, and the closest
-            one that is known.
+            known one.
     """
     path = Path(path)
     try:
@@ -144,7 +144,7 @@ class _Reader:
         return ConfigError(f"study file {self.path}, {where}: {why}")
 
     def section(self, value: Any, where: str, keys: Iterable[str]) -> dict:
-        """A mapping, {} for nothing, that has no other keys."""
+        """Return the mapping `value`, {} for None, after a check that it has only these keys."""
         keys = list(keys)
         if not isinstance(value, Mapping | None):
             raise self.error(where, f"is {value!r}; write `key: value` lines")
@@ -166,14 +166,16 @@ class _Reader:
         pretrain = top.get("pretrain")
         if pretrain:
             if task == "classification":
-                raise self.error("pretrain", "is for task: detection")
+                raise self.error("pretrain", "is only for task: detection; remove it")
             section = self.section(pretrain, "pretrain", ("config", "overrides"))
             pretrain = Pretrain(
                 self.config(section.get("config"), "pretrain.config"),
                 self.overrides(section.get("overrides"), "pretrain.overrides"),
             )
         elif named := [norm.name for norm in norms.values() if norm.pretrain]:
-            raise self.error(f"norms.{named[0]}.pretrain", "the study has no section `pretrain`")
+            raise self.error(
+                f"norms.{named[0]}.pretrain", "the study has no section `pretrain`; add it"
+            )
         return Study(
             name=self.path.stem, file=self.path, title=str(top.get("title") or self.path.stem),
             text=str(top.get("text") or ""), task=task,
@@ -214,7 +216,7 @@ class _Reader:
         if not isinstance(value, list) or not all(type(v) is int and v >= 0 for v in value):
             raise self.error("seeds", f"is {value!r}; write a list of integers from 0: [1, 2, 3]")
         if len(set(value)) < len(value):
-            raise self.error("seeds", f"{value} names a seed twice")
+            raise self.error("seeds", f"{value} names a seed twice; remove one")
         return tuple(value)
 
     def named(self, value: Any, where: str) -> dict[str, Any]:
@@ -223,7 +225,7 @@ class _Reader:
         sections = {str(name): section for name, section in value.items()}
         for name in sections:
             if not name.strip() or _NOT_IN_NAMES & set(name):
-                raise self.error(where, f"the name {name!r} may not hold , = / or quotes")
+                raise self.error(where, f"the name {name!r} must not contain , = / or quotes")
         return sections
 
     def norms(self, value: Any) -> dict[str, Norm]:
@@ -263,7 +265,9 @@ class _Reader:
         section = self.section(value, "data", Data.__dataclass_fields__)
         register = section.get("register") or {}
         if task == "classification" and register:
-            raise self.error("data.register", "is for task: detection; set DATASETS.ROOT instead")
+            raise self.error(
+                "data.register", "is only for task: detection; set DATASETS.ROOT instead"
+            )
         entries = {}
         for name, files in register.items():
             if not (isinstance(files, list) and len(files) == 2 and all(map(str, files))):

@@ -1,4 +1,4 @@
-"""Rows of results as tables: means over seeds, and differences to the baseline paired by seed."""
+"""Turn result rows into tables: means over seeds, and differences from the baseline by seed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,20 +18,20 @@ _WORSE_WHEN_HIGHER = ("error", "loss", "steps", "seconds", "memory", "time")
 
 @dataclass(frozen=True)
 class Cell:
-    """One norm under one condition by one metric."""
+    """The values of one metric for one norm under one condition."""
 
     norm: str
     condition: str
-    values: dict[int, float]  # seed -> value, of the runs that have one
+    values: dict[int, float]  # seed -> value, for runs that have one
     others: dict[str, int]  # status -> number of runs without a value
     estimate: Estimate | None  # None without any value
-    difference: Difference | None  # to the baseline; None for it, and where no seed is in both
+    difference: Difference | None  # from the baseline; None for it, and without a common seed
     p_holm: float | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """One metric: a row a norm, a column a condition.
+    """A table of one metric, with a row per norm and a column per condition.
 
     The p-values are corrected for the number of comparisons in this table (Holm).
     """
@@ -41,7 +41,7 @@ class Table:
     norms: list[str]
     conditions: list[str]
     cells: dict[tuple[str, str], Cell]  # (norm, condition)
-    comparisons: int  # with a p-value
+    comparisons: int  # number of differences with a p-value
 
     @property
     def lower_is_better(self) -> bool:
@@ -52,7 +52,7 @@ class Table:
         return max((len(cell.values) for cell in self.cells.values()), default=0)
 
     def best(self, condition: str) -> str | None:
-        """The norm with the best mean under a condition."""
+        """Return the norm with the best mean under a condition."""
         means = {
             norm: cell.estimate.mean
             for (norm, where), cell in self.cells.items()
@@ -63,7 +63,7 @@ class Table:
 
 
 def table_of(rows: Sequence[Row], metric: str, baseline: str) -> Table:
-    """Return the table of one metric; `rows` are of one study."""
+    """Return the table of one metric; all `rows` belong to one study."""
     of_runs = [row for row in rows if row.seed is not None]
     rows = _with_lost(of_runs, metric)
     norms = list(dict.fromkeys(row.norm for row in of_runs))
@@ -98,7 +98,7 @@ def table_of(rows: Sequence[Row], metric: str, baseline: str) -> Table:
 
 
 def _with_lost(rows: Sequence[Row], metric: str) -> list[Row]:
-    """The rows of a metric, and one of each run that has no value of any metric."""
+    """Return a metric's rows, and one row for each run that has no value of any metric."""
     own = [row for row in rows if row.metric == metric]
     runs = {(row.norm, row.condition, row.seed) for row in own}
     lost = {
@@ -110,20 +110,20 @@ def _with_lost(rows: Sequence[Row], metric: str) -> list[Row]:
 
 
 def metrics_of(rows: Sequence[Row]) -> list[str]:
-    """The metrics in the order of their first rows; those with most to say first."""
+    """Return the metrics: on all pictures first, then on single domains, then on corruptions."""
     metrics = dict.fromkeys(row.metric for row in rows if row.seed is not None)
     return sorted(metrics, key=lambda name: ("~" in name, "@" in name))
 
 
 def number(value: float, metric: str = "") -> str:
-    """Return the value as a table shows it."""
+    """Format a value for a table."""
     if metric.startswith("steps"):
         return f"{value:.0f}"
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def shown(cell: Cell | None, metric: str = "") -> str:
-    """Return "29.9 ± 0.4 (n 3)"; what has no value is said."""
+    """Return "29.9 ± 0.4 (n 3)", with the number of runs without a value by status."""
     if cell is None:
         return ""
     parts = []
@@ -153,7 +153,7 @@ def p_value(p: float) -> str:
 
 
 def warning(table: Table) -> str:
-    """Return what few seeds mean for a table; "" where there are enough."""
+    """Return a warning if a table has few seeds; "" if it has enough."""
     seeds = table.most_seeds
     if seeds == 0:
         return "No run has a value yet."

@@ -1,9 +1,9 @@
-"""Seconds a step and peak memory of each norm, measured apart from the training runs.
+"""Measure seconds a step and peak memory of each norm, in processes of their own.
 
-The norms take turns, so that a machine whose speed drifts slows them all: a ratio is the median
-over the rounds of the ratio to the baseline within a round. A value of seconds is the median over
-the rounds, of each process's median over its last steps. Peak memory is the largest resident set of
-the process on the CPU, and what torch had allocated at most on a GPU.
+In each round all norms take turns, so that a change of the machine's speed affects all of them. A
+ratio is the median over the rounds of the ratio to the baseline in the same round. "seconds a step"
+is the median over the rounds of a process's median over its last steps. Peak memory is the
+process's largest resident set on the CPU, and torch's largest allocation on a GPU.
 """
 
 import json
@@ -26,10 +26,10 @@ _MAX_MEM = re.compile(r"max_mem: (\d+)M")
 
 
 def measure_timing(plan: Plan, gpus: list[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """{condition: {norm: {metric: value}}}; what was measured before is read again.
+    """Return {condition: {norm: {metric: value}}}; earlier measurements are read from their files.
 
     Raises:
-        ChildProcessError: a process failed; names its output.
+        ChildProcessError: a process failed; names the file with its output.
     """
     timing, found = plan.study.timing, {}
     for condition in timing.conditions if timing.rounds else ():
@@ -67,7 +67,7 @@ def _measure(plan: Plan, jobs: dict[str, Job], gpus: list[str]) -> dict[str, dic
 
 
 def _one(plan: Plan, job: Job, gpus: list[str]) -> tuple[float, float]:
-    """Seconds a step and MB of one short training."""
+    """Run one short training; return its seconds a step and its memory in MB."""
     folder = plan.folder / "timing" / "run"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -82,7 +82,7 @@ def _one(plan: Plan, job: Job, gpus: list[str]) -> tuple[float, float]:
         )
         try:
             _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:  # the study is stopped
+        except BaseException:  # the study is being stopped
             process.terminate()
             raise
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -98,7 +98,7 @@ def _one(plan: Plan, job: Job, gpus: list[str]) -> tuple[float, float]:
 
 
 def _short(plan: Plan, job: Job, folder: Path) -> Stage:
-    """The run's training, cut short, without evaluation."""
+    """Return the run's training, with few steps and no evaluation."""
     steps, stage = plan.study.timing.steps, job.stages[0]
     if isinstance(plan.sets, DetectionSets):
         more = ["SOLVER.MAX_ITER", steps, "DATASETS.TEST", (), "TEST.EVAL_PERIOD", 0]

@@ -1,1 +1,1 @@
-"""A training run: its loop, its log and metrics, and its OUTPUT_DIR."""
+"""Run a training: the loop, the log and metrics, and OUTPUT_DIR."""

@@ -1,4 +1,4 @@
-"""What a run tells: log.txt, metrics.json, TensorBoard, and a progress bar or lines."""
+"""Report a run's progress: log.txt, metrics.json, TensorBoard, and a progress bar or lines."""
 
 import json
 import logging
@@ -15,11 +15,11 @@ from refbn_d2.utils.file_io import write_text
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 20  # iterations between lines, and the window of their medians, as in Detectron2
+WINDOW = 20  # iterations between two lines, and in the medians of a line, as in Detectron2
 
 
 def setup_logging(output_dir: Path, rank: int) -> None:
-    """The package's log goes to stderr on worker 0, and to log.txt (log.txt.rank1, ...)."""
+    """Send the package's log to stderr on worker 0, and to log.txt (log.txt.rank1, ...)."""
     root = logging.getLogger("refbn_d2")
     root.setLevel(logging.DEBUG)
     root.propagate = False
@@ -38,7 +38,7 @@ def setup_logging(output_dir: Path, rank: int) -> None:
 
 
 class _BesideTheBar(logging.Handler):
-    """To stderr, above a progress bar if there is one, which stands for the lines of DEBUG."""
+    """Write to stderr, above a progress bar if there is one; the bar replaces lines of DEBUG."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -48,18 +48,18 @@ class _BesideTheBar(logging.Handler):
 
 
 class EventWriter:
-    """Collects scalars of every iteration; writes them every `WINDOW` iterations.
+    """Collect the scalars of every iteration, and write them every `WINDOW` iterations.
 
-    metrics.json gets a JSON object a line, with Detectron2's names: "iteration", losses and times
-    as medians of the window, "lr", and evaluation results such as "bbox/AP". On a terminal a
-    progress bar shows the same; elsewhere each becomes a line of the log.
+    Each line of metrics.json is a JSON object with Detectron2's names: "iteration", losses and
+    times as medians of the window, "lr", and evaluation results such as "bbox/AP". On a terminal, a
+    progress bar shows the same. Otherwise each becomes a line of the log.
     """
 
     def __init__(self, output_dir: Path, start_iteration: int, max_iter: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
         path = output_dir / "metrics.json"
-        if start_iteration and path.exists():  # without a line that was cut off
+        if start_iteration and path.exists():  # drop a line that was cut off
             lines = path.read_text().splitlines(keepends=True)
             write_text(path, "".join(line for line in lines if line.endswith("\n")))
         self._metrics = open(path, "a" if start_iteration else "w")  # noqa: SIM115
@@ -72,13 +72,13 @@ class EventWriter:
         )  # fmt: skip
 
     def step(self, scalars: dict[str, float]) -> None:
-        """One iteration is done: its losses, "time" and "data_time" (seconds)."""
+        """Record one iteration: its losses, "time" and "data_time" (seconds)."""
         for name, value in scalars.items():
             self._history[name].update(value)
         self._bar.update()
 
     def write(self, iteration: int, lr: float) -> None:
-        """Medians of the last window, as of `iteration`."""
+        """Write the medians of the last window, which ends at `iteration`."""
         scalars = {name: h.median(WINDOW) for name, h in self._history.items()}
         left = (self._max_iter - iteration - 1) * self._history["time"].global_avg()
         scalars = {"eta_seconds": left, "lr": lr, **scalars}
@@ -97,7 +97,7 @@ class EventWriter:
         logger.log(logging.INFO if self._bar.disable else logging.DEBUG, line)
 
     def write_results(self, iteration: int, scalars: dict[str, float]) -> None:
-        """Scalars as they are, such as evaluation results."""
+        """Write scalars without a median, such as evaluation results."""
         self._metrics.write(json.dumps({"iteration": iteration, **scalars}, sort_keys=True) + "\n")
         self._metrics.flush()
         for name, value in scalars.items():
@@ -110,7 +110,7 @@ class EventWriter:
 
 
 class SilentWriter:
-    """Stands for an EventWriter on all workers but 0: it writes nothing."""
+    """An EventWriter that writes nothing, for all workers but 0."""
 
     def step(self, scalars: dict[str, float]) -> None:
         """Do nothing."""

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: a run ends after the step that it is in, with a checkpoint."""
+"""Handle SIGINT and SIGTERM: a run ends after its current step, with a checkpoint."""
 
 import signal
 import sys
@@ -7,13 +7,16 @@ from contextlib import contextmanager
 
 
 class _Stop:
-    """The signal that asked to stop; 0 while none did."""
+    """The signal that asked to stop; 0 if none did."""
 
     number = 0
 
     def __call__(self, number: int, frame) -> None:
         self.number = number
-        print("Stopping: a checkpoint will be written. Again: at once.", file=sys.stderr)
+        print(
+            "Stopping: a checkpoint will be written. A second signal stops at once.",
+            file=sys.stderr,
+        )
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
 

@@ -1,7 +1,7 @@
-"""The loop over the iterations of a training run, and the files that it leaves in OUTPUT_DIR.
+"""Run the iterations of a training, and write its files into OUTPUT_DIR.
 
-Whatever is random in an iteration is a function of (seed, rank, iteration): a resumed run repeats
-the straight one without any random state in the checkpoint.
+All randomness in an iteration is a function of (seed, rank, iteration). So a resumed run repeats an
+uninterrupted one, without any random state in the checkpoint.
 """
 
 import logging
@@ -43,12 +43,12 @@ class TrainingLoop(ABC):
         loader: endless batches, the first of them for `start_iteration`.
         optimizer: of `model`.
         scaler: of the loss; not enabled without float16.
-        reference: the reference batch of a model with RefBN; else None.
+        reference: the reference batch of a model with RefBN, else None.
         seed: of the run.
-        start_iteration: 0, or the one after the checkpoint's.
+        start_iteration: 0, or the iteration after the checkpoint's.
         max_iter: iterations of the whole run.
         checkpoint_period: iterations.
-        eval_period: iterations; 0: only at the end.
+        eval_period: iterations; 0 for an evaluation only at the end.
     """
 
     def __init__(
@@ -84,13 +84,13 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def evaluate(self) -> dict:
-        """Return the results on worker 0, {} on the others. Leaves the model in eval mode."""
+        """Return the results on worker 0, {} on the others, and leave the model in eval mode."""
 
     def finish_statistics(self, iteration: int) -> None:  # noqa: B027  most trainings need none
         """Update running statistics before they are saved and evaluated, in training mode."""
 
     def scalars(self, results: dict) -> dict[str, float]:
-        """Return what metrics.json gets of an evaluation's results."""
+        """Return the scalars of an evaluation's results, for metrics.json."""
         return results
 
     def train(self) -> dict:
@@ -104,7 +104,7 @@ class TrainingLoop(ABC):
         with closing(self._start()) as writer:
             if self.start_iteration >= self.max_iter:  # only the last evaluation is left
                 return self._evaluate(self.max_iter - 1, writer)
-            batches = iter(self.loader)  # its processes are to keep the handlers of the signals
+            batches = iter(self.loader)  # now, so that its processes inherit the signal handlers
             with stop_signal() as stop:
                 for iteration in range(self.start_iteration, self.max_iter):
                     report = self._is_due(iteration, WINDOW)
@@ -117,7 +117,7 @@ class TrainingLoop(ABC):
                         writer.write(iteration, lr)
                     if evaluate:
                         self.finish_statistics(iteration)
-                    # Before the evaluation: if that fails, nothing is lost.
+                    # The checkpoint comes first: if the evaluation fails, nothing is lost.
                     if evaluate or stopping or self._is_due(iteration, self.checkpoint_period):
                         self.save(iteration)
                     if stopping and not self._is_last(iteration):
@@ -140,11 +140,11 @@ class TrainingLoop(ABC):
         return iteration + 1 == self.max_iter
 
     def _is_due(self, iteration: int, period: int) -> bool:
-        """Whether `iteration` ends a period, or the run; a period of 0 is the whole run."""
+        """Return whether `iteration` ends a period or the run; a period of 0 is the whole run."""
         return self._is_last(iteration) or (period > 0 and (iteration + 1) % period == 0)
 
     def _timed_step(self, iteration: int, batches: Iterator) -> tuple[float, dict[str, float]]:
-        """Run `step` on the next batch; "time" and "data_time" (seconds) join what it measured."""
+        """Run `step` on the next batch, and add "time" and "data_time" (seconds) to its result."""
         start = time.perf_counter()
         batch = next(batches)
         data_time = time.perf_counter() - start
@@ -156,8 +156,8 @@ class TrainingLoop(ABC):
     ) -> tuple[dict[str, float], bool]:
         """Return the workers' means of what they measured, and whether they stop here.
 
-        A signal may reach the workers in different iterations, and all have to stop after the same
-        one. So several workers stop only where they report, which is where they communicate.
+        A signal may reach the workers in different iterations, but all must stop after the same
+        one. So several workers stop only when they report, because then they communicate.
         """
         if report:
             *means, stops = distributed.mean_over_workers([*measured.values(), stop], self.device)
@@ -166,7 +166,7 @@ class TrainingLoop(ABC):
 
     def _interrupt(self, iteration: int, stop: int) -> None:
         logger.warning(
-            "Interrupted after iteration %d; its checkpoint is written. Go on with --resume.",
+            "Interrupted after iteration %d; its checkpoint is written. Resume with --resume.",
             iteration,
         )
         distributed.barrier()  # no worker leaves before the checkpoint is written
@@ -180,7 +180,7 @@ class TrainingLoop(ABC):
         return results
 
     def show(self, writer: EventWriter, iteration: int, results: dict) -> None:
-        """Write an evaluation's results to disk; called on worker 0."""
+        """Write an evaluation's results to disk; only worker 0 calls it."""
         if results:
             writer.write_results(iteration, self.scalars(results))
         try:
@@ -191,10 +191,10 @@ class TrainingLoop(ABC):
     def read_losses(self, iteration: int, losses: dict[str, Tensor]) -> dict[str, float]:
         """Read `losses` from the device, in one transfer, and check that training has not diverged.
 
-        By now the workers have averaged their gradients. If the loss of one worker is infinite or
-        NaN, so are the gradients of all: all stop here, before an optimizer step harms the weights
-        and worker 0 writes them to a checkpoint. With a gradient scaler it is the scaler that
-        leaves out a step whose gradients are not finite.
+        At this point the workers have averaged their gradients. If one worker's loss is infinite or
+        NaN, so are all gradients. So all workers stop here, before an optimizer step breaks the
+        weights and worker 0 writes them to a checkpoint. A gradient scaler skips steps whose
+        gradients are not finite, so with one the gradients are not checked.
 
         Args:
             losses: scalars, with "total_loss" among them.
@@ -214,7 +214,7 @@ class TrainingLoop(ABC):
         return read
 
     def diverged(self, iteration: int, why: object) -> DivergedError:
-        """Return the error of a training that cannot continue."""
+        """Return the error for a training that cannot continue."""
         return DivergedError(
             f"Training diverged at iteration {iteration}: {why}. Lower SOLVER.BASE_LR or lengthen "
             "the warmup. Last good checkpoint: "
@@ -230,7 +230,7 @@ class TrainingLoop(ABC):
         write_text(self.output_dir / "last_checkpoint", name)
 
     def state_dict(self) -> dict:
-        """Return what a checkpoint holds, but for the iteration."""
+        """Return a checkpoint's content without the iteration."""
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -240,16 +240,17 @@ class TrainingLoop(ABC):
         return state | ({"refbn": self.reference.state_dict()} if self.reference else {})
 
     def load_state_dict(self, state: dict) -> None:
-        """Resume from a checkpoint, of which model and reference batch have been made already."""
+        """Resume optimizer and scaler; model and reference batch are already the checkpoint's."""
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["grad_scaler"]:  # empty if the run was on the CPU so far
+        if state["grad_scaler"]:  # empty if the run has been on the CPU
             self.scaler.load_state_dict(state["grad_scaler"])
         logger.info("Resumed at iteration %d.", self.start_iteration)
 
 
 def _gradient_norm(model: nn.Module) -> Tensor:
-    """Return the L2 norm of all gradients, a scalar; infinite or NaN if any of them is.
+    """Return the L2 norm of all gradients, a scalar; infinite or NaN if any gradient is.
 
-    Squares overflow at 1e19, which is as good as infinite. This norm is a fused kernel of torch's.
+    It is also infinite for gradients above 1e19, whose squares overflow. torch computes it by a
+    fused kernel.
     """
     return nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)

@@ -1,4 +1,4 @@
-"""What both trainings do in a worker process before and around their trainer."""
+"""Prepare and run a training in a worker process, for both trainers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +16,18 @@ Job = Callable[[Any, Path, bool], dict]  # (cfg, output_dir, resume) -> results
 def run_training(
     cfg, train: Job, evaluate: Job, free_on_resume: tuple[str, ...], resume: bool, eval_only: bool
 ) -> dict:
-    """Prepare OUTPUT_DIR and the log in this worker process; call `train`, or `evaluate` instead.
+    """Prepare OUTPUT_DIR and the log in this worker process, and call `train` or `evaluate`.
 
     Args:
         free_on_resume: keys, or beginnings of keys, that a resumed run may change.
+        eval_only: call `evaluate`.
 
     Returns:
         The results of the last evaluation on worker 0, {} on the others.
 
     Raises:
-        FileExistsError: OUTPUT_DIR holds a run, and it is not to be resumed.
-        ConfigError: it is to be resumed, with another config.
+        FileExistsError: OUTPUT_DIR holds a run, and `resume` is False.
+        ConfigError: `resume` is True, and the run in OUTPUT_DIR has another config.
     """
     output_dir = Path(cfg.OUTPUT_DIR)
     output_dir.mkdir(parents=True, exist_ok=True)

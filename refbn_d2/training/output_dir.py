@@ -1,4 +1,4 @@
-"""OUTPUT_DIR: a run is neither overwritten by another nor resumed as another."""
+"""Check OUTPUT_DIR, so that no run is overwritten, or resumed with another config."""
 
 import logging
 import os
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 def check_output_dir(cfg, resume: bool, free_on_resume: tuple[str, ...]) -> None:
-    """A run is neither overwritten by another nor resumed as another. Makes the folder.
+    """Create OUTPUT_DIR, and return if the run can start or resume there.
 
     Args:
         free_on_resume: keys, or beginnings of keys, that a resumed run may change.
 
     Raises:
-        FileExistsError: OUTPUT_DIR holds a run, and it is not to be resumed.
-        ConfigError: it is, with another config; names the keys that differ.
+        FileExistsError: OUTPUT_DIR holds a run, and `resume` is False.
+        ConfigError: `resume` is True, and the run has another config; names the keys that differ.
     """
     output_dir = Path(cfg.OUTPUT_DIR)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -41,34 +41,36 @@ def check_output_dir(cfg, resume: bool, free_on_resume: tuple[str, ...]) -> None
     ]
     if changed:
         raise ConfigError(
-            f"--resume: {output_dir} holds a run of another config. "
+            f"--resume: {output_dir} holds a run with another config. "
             + "; ".join(changed)
             + ". Use its config, or another OUTPUT_DIR."
         )
 
 
 def check_not_overwritten(output_dir: Path) -> None:
-    """Returns if there is no run in `output_dir`.
+    """Return if there is no run in `output_dir`.
 
     Raises:
-        FileExistsError: there is.
+        FileExistsError: there is one.
     """
     if last_checkpoint_name(output_dir) is not None:
         raise FileExistsError(
-            f"OUTPUT_DIR {output_dir} holds a run already. Go on with it by --resume, or name "
+            f"OUTPUT_DIR {output_dir} holds a run already. Resume it with --resume, or choose "
             "another OUTPUT_DIR."
         )
 
 
 def last_checkpoint(output_dir: Path) -> dict | None:
-    """The checkpoint that `TrainingLoop` wrote last; None, with a warning, where there is none.
+    """Return the checkpoint that `TrainingLoop` wrote last; None, with a warning, if there is none.
 
     Raises:
         CheckpointError: it cannot be read, or another program wrote it.
     """
     name = last_checkpoint_name(output_dir)
     if name is None:
-        logger.warning("--resume: %s holds no checkpoint yet; starting anew.", output_dir)
+        logger.warning(
+            "--resume: %s holds no checkpoint yet; starting from the beginning.", output_dir
+        )
         return None
     path = output_dir / name
     checkpoint = load_checkpoint(path)
@@ -77,22 +79,22 @@ def last_checkpoint(output_dir: Path) -> dict | None:
 
 
 def check_resumable(path: str | os.PathLike, checkpoint: dict, needed: Iterable[str]) -> None:
-    """Returns if a run can go on with `checkpoint`, which then has all `needed` keys.
+    """Return if a run can resume from `checkpoint`: it has all `needed` keys.
 
     Raises:
-        CheckpointError: it has not; names what it lacks.
+        CheckpointError: it cannot; names the missing keys.
     """
     missing = sorted(set(needed) - checkpoint.keys())
     if missing:
         raise CheckpointError(
-            f"{path} was not written by a training run of this engine (it lacks "
-            f"{', '.join(missing)}), so --resume cannot go on with it. Start from it in another "
+            f"{path} was not written by a training run of this engine (it has no "
+            f"{', '.join(missing)}), so --resume cannot continue from it. Start from it in another "
             f"OUTPUT_DIR with MODEL.WEIGHTS {path}"
         )
 
 
 def last_checkpoint_name(output_dir: Path) -> str | None:
-    """Name of the checkpoint that was written last, or None."""
+    """Return the name of the checkpoint that was written last, or None."""
     try:
         return (output_dir / "last_checkpoint").read_text().strip()
     except FileNotFoundError:

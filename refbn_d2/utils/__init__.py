@@ -1,1 +1,1 @@
-"""What everything else stands on: torch, numpy and the standard library only."""
+"""Helpers for all other folders; they import only torch, numpy and the standard library."""

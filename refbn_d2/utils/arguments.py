@@ -1,4 +1,4 @@
-"""What the tools' command lines have in common: Detectron2's flags, and errors of one line."""
+"""Give the tools' command lines Detectron2's flags, and errors of one line."""
 
 import argparse
 import logging
@@ -9,30 +9,30 @@ from refbn_d2.utils.errors import RefBNError
 
 
 def default_argument_parser(description: str | None) -> argparse.ArgumentParser:
-    """Detectron2's flags, and KEY VALUE pairs behind them; a tool may add its own."""
+    """Return a parser of Detectron2's flags and KEY VALUE pairs; a tool can add its own flags."""
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--config-file", required=True, metavar="FILE", help="path to a config file")
     p.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"
+        "--resume", action="store_true", help="resume from the last checkpoint in OUTPUT_DIR"
     )
     p.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
-    p.add_argument("--num-gpus", type=int, default=1, help="per machine; workers, on the CPU")
+    p.add_argument("--num-gpus", type=int, default=1, help="GPUs per machine; on the CPU, workers")
     p.add_argument("--num-machines", type=int, default=1)
-    p.add_argument("--machine-rank", type=int, default=0, help="of this machine, from 0")
+    p.add_argument("--machine-rank", type=int, default=0, help="rank of this machine, from 0")
     p.add_argument(
-        "--dist-url", default="auto", help="tcp://host:port of machine 0; auto on a single machine"
+        "--dist-url", default="auto", help="tcp://host:port of machine 0; auto for a single machine"
     )
     p.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config, last"
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides, at the end"
     )
     return p
 
 
 def run_or_exit(run: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
-    """Call `run(args)`; what a user can fix ends the process with one line.
+    """Call `run(args)`; an error that a user can fix ends the process with one line.
 
-    Its traceback goes to log.txt, where there is one. Any other error is a bug, and passes with its
-    traceback.
+    Its traceback goes to log.txt, if there is one. Any other error is a bug, and is raised as it
+    is.
 
     Raises:
         SystemExit: RefBNError or OSError was raised (1, with the line on stderr).

@@ -1,4 +1,4 @@
-"""Worker processes: started by --num-gpus, by several machines, or by torchrun."""
+"""Start worker processes, by --num-gpus or torchrun and on several machines, and connect them."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from refbn_d2.utils.errors import ConfigError, RefBNError
 
 logger = logging.getLogger(__name__)
 
-GRACE = 10.0  # seconds that the other workers have to end by themselves once one has failed
+GRACE = 10.0  # seconds that the other workers have to end by themselves after one has failed
 
 
 def launch(
@@ -31,14 +31,15 @@ def launch(
     """Call `main(*args)` in every worker process; nccl on CUDA, gloo on the CPU.
 
     Under torchrun (RANK and WORLD_SIZE in the environment) this process is one of its workers, and
-    the other arguments are not read. A single worker runs in this process, and its result is
+    the numbers and `dist_url` are not used. A single worker runs in this process, and its result is
     returned.
 
     Raises:
-        ConfigError: no worker; more GPUs than there are; or several machines with dist_url "auto".
-        RefBNError, OSError: the first that a worker raised.
-        ProcessRaisedException: a worker raised anything else; has its traceback.
-        SystemExit: a worker ended with this code.
+        ConfigError: no worker, more GPUs than the machine has, or dist_url "auto" for several
+            machines.
+        RefBNError, OSError: the first of these that a worker raises.
+        ProcessRaisedException: a worker raises any other error; holds its traceback.
+        SystemExit: a worker ends with this code.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -46,10 +47,11 @@ def launch(
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         return _worker(local_rank, main, rank, size, local_size, "env://", device, args)
     if num_gpus_per_machine < 1:
-        raise ConfigError(f"--num-gpus {num_gpus_per_machine}: it takes one worker or more.")
+        raise ConfigError(f"--num-gpus {num_gpus_per_machine}; allowed: 1 or more.")
     if device == "cuda" and num_gpus_per_machine > torch.cuda.device_count():
         raise ConfigError(
-            f"--num-gpus {num_gpus_per_machine}, but this machine has {torch.cuda.device_count()}."
+            f"--num-gpus {num_gpus_per_machine}; allowed: up to {torch.cuda.device_count()}, the "
+            "number of this machine's GPUs."
         )
     world_size = num_machines * num_gpus_per_machine
     if world_size == 1:
@@ -57,7 +59,7 @@ def launch(
     if dist_url == "auto":
         if num_machines > 1:
             raise ConfigError(
-                "--dist-url auto is for one machine; give tcp://host:port for several."
+                "--dist-url auto is for a single machine; for several, give tcp://host:port."
             )
         dist_url = f"tcp://127.0.0.1:{_free_port()}"
     errors = mp.get_context("spawn").SimpleQueue()
@@ -67,7 +69,7 @@ def launch(
         nprocs=num_gpus_per_machine,
         join=False,
     )
-    # Workers stop at an iteration that they agree on, and write a checkpoint: wait for them.
+    # Workers stop after an iteration that they agree on, and write a checkpoint. Wait for them.
     handlers = {
         number: signal.signal(number, lambda number, frame: _pass_on(number, context.processes))
         for number in (signal.SIGINT, signal.SIGTERM)
@@ -93,12 +95,12 @@ def _pass_on(number: int, processes: list) -> None:
 
 
 def _spawned(local_rank, errors, machine_rank, local_size, main, world_size, url, device, args):
-    os.setsid()  # a terminal's Ctrl-C reaches only the parent, which passes it on once
+    os.setsid()  # Ctrl-C in a terminal reaches only the parent, which passes it on once
     rank = machine_rank * local_size + local_rank
     try:
         _worker(local_rank, main, rank, world_size, local_size, url, device, args)
     except (RefBNError, OSError) as error:
-        logger.debug("", exc_info=True)  # in log.txt
+        logger.debug("", exc_info=True)  # goes to log.txt
         errors.put(error)
         raise
 
@@ -106,7 +108,7 @@ def _spawned(local_rank, errors, machine_rank, local_size, main, world_size, url
 def _worker(local_rank, main, rank, world_size, local_size, dist_url, device, args):
     if device == "cuda":
         torch.cuda.set_device(local_rank)
-    else:  # the workers share the cores
+    else:  # share the cores between the workers
         torch.set_num_threads(max(1, torch.get_num_threads() // local_size))
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=dist_url, rank=rank, world_size=world_size)
@@ -131,13 +133,13 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Wait until every worker is here."""
+    """Wait until every worker calls this."""
     if world_size() > 1:
         dist.barrier()
 
 
 def broadcast(value: Any) -> Any:
-    """The value of worker 0, on every worker."""
+    """Return worker 0's value on every worker."""
     if world_size() == 1:
         return value
     values = [value]
@@ -146,7 +148,7 @@ def broadcast(value: Any) -> Any:
 
 
 def gather(value: Any) -> list:
-    """The values of all workers, on worker 0; [] on the others."""
+    """Return the values of all workers on worker 0, [] on the others."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size() if rank() == 0 else None
@@ -155,7 +157,7 @@ def gather(value: Any) -> list:
 
 
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model`, over several workers in DistributedDataParallel; every worker keeps its buffers."""
+    """Return `model`; with several workers, in DistributedDataParallel with local buffers."""
     if world_size() == 1:
         return model
     device_ids = [torch.cuda.current_device()] if device.type == "cuda" else None
@@ -165,14 +167,14 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Every worker takes the buffers of worker 0: the running statistics that are saved."""
+    """Copy worker 0's buffers, such as the saved running statistics, to every worker."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
 def mean_over_workers(values: list[float], device: torch.device) -> list[float]:
-    """Each value's mean over the workers, on every worker, in one collective."""
+    """Return each value's mean over the workers, on every worker, by one collective."""
     if world_size() == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=device)

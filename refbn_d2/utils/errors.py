@@ -1,10 +1,10 @@
-"""Errors for what a user can fix: the command line turns each into one line."""
+"""Define the errors that a user can fix; the command line prints each as one line."""
 
 from collections.abc import Iterable
 
 
 class RefBNError(ValueError):
-    """Something that a user can fix. The message says what is wrong and what to do."""
+    """An error that a user can fix. The message says what is wrong and what to do."""
 
 
 class ConfigError(RefBNError):
@@ -24,7 +24,7 @@ class DivergedError(RefBNError, FloatingPointError):
 
 
 class MissingDependencyError(RefBNError, ImportError):
-    """A package that is not installed, or cannot be imported, and that the command needs."""
+    """A package that the command needs is not installed, or cannot be imported."""
 
 
 def listing(names: Iterable[str], limit: int = 20, separator: str = ", ") -> str:

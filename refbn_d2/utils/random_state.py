@@ -1,4 +1,4 @@
-"""Seeds of Python's, NumPy's and torch's generators."""
+"""Seed the random generators of Python, NumPy and torch."""
 
 import random
 from collections.abc import Iterable, Iterator
@@ -11,9 +11,9 @@ from refbn_d2.utils import distributed
 
 
 def seed_everything(*entropy: int) -> None:
-    """Python's, NumPy's and torch's generators, as a function of `entropy`."""
+    """Seed the generators of Python, NumPy and torch by a function of `entropy`."""
     (seed,) = np.random.SeedSequence(entropy).generate_state(1).tolist()
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes as long as a small image
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed is much slower
     if torch.cuda.is_initialized():  # not in data loading workers
         torch.cuda.manual_seed_all(seed)
     random.seed(seed)
@@ -21,7 +21,7 @@ def seed_everything(*entropy: int) -> None:
 
 
 def seed_of_run(cfg) -> int:
-    """SEED, or a random one where it is negative; the same on all workers."""
+    """Return SEED, or a random one if it is negative; the same on all workers."""
     return distributed.broadcast(
         cfg.SEED if cfg.SEED >= 0 else random.SystemRandom().randrange(2**31)
     )
@@ -29,7 +29,7 @@ def seed_of_run(cfg) -> int:
 
 @contextmanager
 def seeded(seed: int, devices: Iterable[torch.device] = ()) -> Iterator[None]:
-    """Python's, NumPy's and torch's (the CPU's and the devices') generators, seeded for a while."""
+    """Seed the generators of Python, NumPy and torch (CPU and `devices`), and restore them."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)

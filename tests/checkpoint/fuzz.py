@@ -1,11 +1,11 @@
-"""Mutated checkpoint files: every one is read, or refused with a CheckpointError.
+"""Mutate checkpoint files: each must be read, or refused with a CheckpointError.
 
     python -m tests.checkpoint.fuzz --minutes 60
 
-A mutation is drawn by hypothesis: of the raw bytes, or of the pickle or header inside a file whose
-other parts stay sound, so that the reader gets past the first check. Reported are exceptions that
-are not ours, changed models, files that take over 20 s, and a process that grows by over 1 GiB;
-the file stays in the folder for temporary files, as refbn_fuzz_failure.*.
+Hypothesis draws the mutations. They change the raw bytes, or the pickle or header inside a file
+whose other parts stay sound, so that the reader gets past its first check. A failure is an
+exception that is not ours, a changed model, a file that takes over 20 s, or a process that grows by
+over 1 GiB. The file stays in the folder for temporary files, as refbn_fuzz_failure.*.
 """
 
 import argparse
@@ -46,11 +46,11 @@ BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class Hanging(BaseException):
-    """A file took too long."""
+    """A file takes too long."""
 
 
 def tiny_resnet() -> dict[str, torch.Tensor]:
-    """A ResNet-18 of 2 to 16 channels, in torchvision's names."""
+    """Return the weights of a ResNet-18 of 2 to 16 channels, under torchvision's names."""
     shapes = ResNetSpec(18, stem=2, res2=2).shapes(BN)
     return {detectron2_to_torchvision(name): torch.ones(shape) for name, shape in shapes.items()}
 
@@ -67,7 +67,7 @@ def in_torch(data: dict, legacy: bool) -> bytes:
 
 
 def seeds() -> list[bytes]:
-    """The sound files, which differ in what reads them."""
+    """Return sound files, one for each reader."""
     two = OrderedDict(w=torch.arange(4.0).view(2, 2).t(), n=torch.tensor(7))
     rest = {"iteration": 3, "args": argparse.Namespace(lr=0.1), "b": b"\xff", "s": {1, 2}}
     small, whole = {"model": two, **rest}, {"model": tiny_resnet(), "arch": "resnet18"}
@@ -98,7 +98,7 @@ PIECES = st.one_of(
 
 
 def edited(draw: st.DrawFn, data: bytes, ends: list[int]) -> bytes:
-    """`data` with 1 to 4 pieces put in, put over, cut out or repeated, mostly at `ends`."""
+    """Insert, overwrite, cut out or repeat 1 to 4 pieces of `data`, mostly at `ends`."""
     for _ in range(draw(st.integers(1, 4))):
         places = st.integers(0, len(data))
         start = draw(st.one_of(st.sampled_from(ends), places) if ends else places)
@@ -122,7 +122,7 @@ def instruction_starts(data: bytes) -> list[int]:
 
 
 def in_zip(draw: st.DrawFn, data: bytes) -> bytes:
-    """A torch file whose pickle, or another record, is edited in a sound archive."""
+    """Edit the pickle of a torch file, or another record, inside a sound archive."""
     file = io.BytesIO()
     kind = draw(st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]))
     with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(file, "w", kind) as out:
@@ -145,7 +145,7 @@ VALUES = st.one_of(
 
 
 def in_safetensors(draw: st.DrawFn, data: bytes) -> bytes:
-    """A safetensors file of which the header's values are changed."""
+    """Change values in the header of a safetensors file."""
     length = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + length])
     for _ in range(draw(st.integers(1, 3))):
@@ -159,7 +159,7 @@ def in_safetensors(draw: st.DrawFn, data: bytes) -> bytes:
 
 @dataclass(repr=False)
 class File:
-    """A mutated file; its bytes would fill the screen."""
+    """A mutated file, printed without its bytes, which would fill the screen."""
 
     suffix: str
     content: bytes
@@ -170,7 +170,7 @@ class File:
 
 @st.composite
 def files(draw: st.DrawFn) -> File:
-    """A mutated file, with the suffix by which it is read."""
+    """Draw a mutated file, with the suffix that its reader expects."""
     data = draw(st.sampled_from(SEEDS))
     is_header = data[8:9] == b"{"
     if data[:2] == b"PK" and draw(st.integers(0, 3)):
@@ -183,12 +183,12 @@ def files(draw: st.DrawFn) -> File:
 
 
 def check(folder: Path, suffix: str, content: bytes) -> bool:
-    """Do with a file what people do; return whether it could be read.
+    """Use a file as people do; return whether it could be read.
 
     Raises:
-        AssertionError: the model was changed by a load that failed.
-        Hanging: it took too long.
-        Exception: whatever is not a CheckpointError.
+        AssertionError: a load that failed changed the model.
+        Hanging: it takes too long.
+        Exception: anything that is not a CheckpointError.
     """
     path = folder / f"mutated{suffix}"
     path.write_bytes(content)
@@ -226,11 +226,11 @@ def _hanging(*_: object) -> None:
 
 
 def fuzz(examples: int, seed: int = 0) -> dict[str, int]:
-    """Check about `examples` files; return how many, and how many of them could be read.
+    """Check about `examples` files; return their number, and how many of them could be read.
 
     Raises:
         AssertionError: the process grew by more than GROWTH bytes.
-        Exception: those of `check`, of the smallest file that raises one.
+        Exception: see `check`; raised for the smallest file that causes it.
     """
     counts = {"files": 0, "read": 0}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""State dicts of ResNets and of detectors, by the names of torchvision and Detectron2."""
+"""State dicts of ResNets and of detectors, under the names of torchvision and Detectron2."""
 
 import functools
 
@@ -23,7 +23,7 @@ TENSORS = {
 
 @functools.cache
 def keys(name, norm):
-    """The names and shapes of torchvision's own model with that norm."""
+    """Return the names and shapes of torchvision's model with that norm."""
     layer = {"FrozenBN": torchvision.ops.FrozenBatchNorm2d, "GN": lambda c: nn.GroupNorm(32, c)}
     with torch.device("meta"):
         model = torchvision.models.get_model(name, norm_layer=layer.get(norm), num_classes=7)
@@ -40,7 +40,7 @@ def convert_to_refbn_without_data(model):
 
 
 def numbered(name, norm="BN"):
-    """A state dict in which every tensor is one number of its own, of no memory to speak of."""
+    """Return a state dict in which every tensor is one number, repeated without taking memory."""
     return {
         key: torch.tensor(i, dtype=dtype).expand(shape)
         for i, (key, (shape, dtype)) in enumerate(keys(name, norm).items(), start=1)
@@ -48,7 +48,7 @@ def numbered(name, norm="BN"):
 
 
 def small(norm="BN"):
-    """The state dict of a ResNet-18 with random numbers everywhere."""
+    """Return the state dict of a ResNet-18 with random numbers everywhere."""
     return dict(_small(norm))
 
 
@@ -70,7 +70,7 @@ def detectron2_names(state):
 
 
 def detector(norm="RefBN", stages=(2, 3, 4, 5), fpn=True, heads=True):
-    """Tensors by the names of a Mask R-CNN, or of a C4 model (`fpn=False`): a ResNet-18 in it."""
+    """Return tensors under the names of a Mask R-CNN R-18, or of a C4 model (`fpn=False`)."""
     state = {}
     for name, tensor in detectron2_names(small(norm)).items():
         if name.startswith("linear") or (name[:3] == "res" and int(name[3]) not in stages):

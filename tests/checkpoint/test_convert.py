@@ -159,11 +159,11 @@ def test_folded_loads_into_torchvisions_resnets_and_computes_the_same():
 
 
 def test_norms_that_cannot_be_had_are_errors():
-    with pytest.raises(CheckpointError, match="a.pth has no batch norms, but GN: .* BN"):
+    with pytest.raises(CheckpointError, match=r"a.pth has no batch norms \(its norm: GN\).* BN\."):
         converted(small("GN"), "detectron2", "BN")
     bare = {name: t for name, t in small().items() if "bn" not in name and "sample.1" not in name}
     assert_same(converted(bare, "detectron2"), detectron2_names(bare))
-    with pytest.raises(CheckpointError, match="a.pth has no batch norms, but none: .* folded"):
+    with pytest.raises(CheckpointError, match=r"has no batch norms \(its norm: none\).* folded"):
         converted(bare, "detectron2", "folded")
     head = {f"head.cls_subnet.1.{tensor}": torch.ones(8) for tensor in FROZEN}
     state = {
@@ -195,7 +195,7 @@ def test_norms_that_cannot_be_had_are_errors():
         (detector("FrozenBN", fpn=False, heads=False), {"RESNETS": "FrozenBN"}),
     ],
 )
-def test_norms_are_told_by_section(state, norms):
+def test_norms_are_inferred_by_section(state, norms):
     expected = {f"MODEL.{section}.NORM": norm for section, norm in norms.items()}
     assert identify({"model": state}, "a").norms == expected
 
@@ -229,7 +229,7 @@ def test_a_detectors_resnet_goes_to_torchvision(caplog):
             converted(state, "torchvision")
         caplog.clear()
         assert_same(converted(state, "torchvision", allow_partial=True), expected)
-        assert "without counterpart in torchvision's ResNet-18: " in caplog.text
+        assert "without a counterpart in torchvision's ResNet-18: " in caplog.text
         assert "proposal_generator.rpn_head.conv.weight" in caplog.text
 
 
@@ -270,7 +270,7 @@ def without(*beginnings):
     ],
 )
 def test_a_wrong_shape_is_an_error_with_both(name, shape, expected, to, allow_partial):
-    text = f"a.pth holds a ResNet-18 .*: {name} is {shape}, not {expected}"
+    text = f"a.pth: most tensors are those of a ResNet-18, .*: {name} is {shape}, not {expected}"
     with pytest.raises(CheckpointError, match=text.replace("(", r"\(").replace(")", r"\)")):
         converted(wrong(name, shape), to, allow_partial=allow_partial)
 
@@ -287,7 +287,7 @@ def test_a_wrong_shape_is_an_error_with_both(name, shape, expected, to, allow_pa
         ({**without("conv1"), "x": torch.ones(2)}, "lacks 1 tensors .*; it has 1 tensors without"),
     ],
 )
-def test_what_lacks_or_has_no_counterpart_is_an_error(state, text, caplog):
+def test_missing_tensors_and_tensors_without_counterpart_are_errors(state, text, caplog):
     for to in ("detectron2", "torchvision"):
         with pytest.raises(CheckpointError, match=f"{text}(.|\n)*--allow-partial"):
             converted(state, to)
@@ -315,12 +315,12 @@ def test_nothing_is_said_of_what_is_whole(caplog):
         ({**small(), "stem.conv1.weight": torch.ones(3)}, "conv1.weight, stem.conv1.weight"),
     ],
 )
-def test_what_is_no_resnet_is_an_error_that_says_what_it_is(state, text):
+def test_what_is_not_a_resnet_is_an_error_that_says_what_it_is(state, text):
     with pytest.raises(CheckpointError, match=text):
         identify({"model": state}, "a.pth")
 
 
-def test_an_anti_aliased_resnet_is_told_by_timms_name_of_it():
+def test_an_anti_aliased_resnet_is_recognized_by_timms_name_of_it():
     assert identify({"model": small(), "arch": "resnet18"}, "a").resnet.depth == 18
     for arch in ("resnetaa50", "resnetblur18"):
         with pytest.raises(CheckpointError, match="a.pth is an anti-aliased ResNet"):

@@ -89,7 +89,7 @@ def test_stock_detectron2_loads_a_backbone_into_a_mask_rcnn(tmp_path, caplog):
 
 @pytest.mark.detectron2
 def test_stock_detectron2_would_have_loaded_nothing_of_it_before(tmp_path, caplog):
-    """The test of silence can fail: with torchvision's own file, and with a classifier's."""
+    """The test of silence can fail: with torchvision's file, and with a classifier's."""
     pytest.importorskip("detectron2")
     from detectron2.checkpoint import DetectionCheckpointer
 

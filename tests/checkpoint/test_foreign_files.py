@@ -1,6 +1,6 @@
-"""What people have: prefixes, wrappers, other architectures; and a load that fails leaves no trace.
+"""Load the files that people have: with prefixes, wrappers, or other architectures.
 
-The oracle is the model that was saved: torchvision's or timm's own.
+The oracle is the model that was saved, of torchvision or timm. A load that fails changes nothing.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def assert_same(state, expected):
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_argparses_options_beside_the_weights_are_read(tmp_path, legacy):
-    """timm's own training checkpoints have them."""
+    """timm's training checkpoints hold them."""
     options = argparse.Namespace(lr=0.1, model="resnet18", sizes=[1, 2])
     data = {"state_dict": resnet().state_dict(), "args": options, "arch": "resnet18"}
     torch.save(data, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
@@ -42,7 +42,7 @@ def test_argparses_options_beside_the_weights_are_read(tmp_path, legacy):
     assert_same(loaded["model"], resnet().state_dict())
 
 
-def behind(prefix, state):
+def with_prefix(prefix, state):
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
@@ -50,14 +50,14 @@ PREFIXES = ["model.", "encoder.", "net.backbone.", "backbone.", "a.b.c.d.", "bac
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_one_prefix_before_a_resnet_is_inferred_and_said(tmp_path, prefix, caplog):
+def test_one_prefix_before_a_resnet_is_inferred_and_logged(tmp_path, prefix, caplog):
     caplog.set_level(logging.INFO)
     source, model = resnet(), resnet(1)
-    save_checkpoint({"state_dict": behind(prefix, source.state_dict())}, tmp_path / "a.pth")
+    save_checkpoint({"state_dict": with_prefix(prefix, source.state_dict())}, tmp_path / "a.pth")
     loaded = load_checkpoint(tmp_path / "a.pth")
     load_weights(model, loaded["model"], tmp_path / "a.pth")
     assert_same(model.state_dict(), source.state_dict())
-    assert f"a.pth: its ResNet stands behind '{prefix}', which is dropped" in caplog.text
+    assert f"a.pth: dropped the prefix '{prefix}' of its ResNet's names" in caplog.text
     contents = identify(loaded, "a.pth")
     assert_same(convert_state(contents, "torchvision"), source.state_dict())
     assert "model         classifier, ResNet-18 with BN, 3 classes" in describe(tmp_path / "a.pth")
@@ -65,7 +65,7 @@ def test_one_prefix_before_a_resnet_is_inferred_and_said(tmp_path, prefix, caplo
 
 def test_the_heads_beside_the_resnet_stay(caplog):
     source, model = resnet(), resnet(1)
-    state = behind("encoder.", source.state_dict()) | {"head.weight": torch.ones(3)}
+    state = with_prefix("encoder.", source.state_dict()) | {"head.weight": torch.ones(3)}
     report = load_weights(model, state, "a.pth")
     assert_same(model.state_dict(), source.state_dict())
     assert report.unexpected == ["head.weight"]
@@ -84,8 +84,8 @@ def test_a_prefix_that_the_model_has_stays():
 
 def moco():
     query, momentum = resnet(0), resnet(1)
-    state = behind("module.encoder_q.", query.state_dict())
-    state |= behind("module.encoder_k.", momentum.state_dict())
+    state = with_prefix("module.encoder_q.", query.state_dict())
+    state |= with_prefix("module.encoder_k.", momentum.state_dict())
     return state | {"module.queue": torch.ones(4)}, query, momentum
 
 
@@ -94,8 +94,8 @@ def test_of_two_resnets_the_error_names_both_and_a_key_chooses(tmp_path):
     path = tmp_path / "moco.pth"
     save_checkpoint({"state_dict": state, "epoch": 3}, path)
     text = (
-        "moco.pth holds several ResNets, under encoder_q, encoder_k: choose by --key encoder_q, "
-        f"or as MODEL.WEIGHTS {path}?key=encoder_q"
+        "moco.pth holds several ResNets, under encoder_q, encoder_k: choose with --key encoder_q, "
+        f"or with MODEL.WEIGHTS {path}?key=encoder_q"
     )
     with pytest.raises(CheckpointError, match=re.escape(text)):
         load_weights(resnet(2), load_source(str(path))["model"], path)
@@ -110,9 +110,12 @@ def test_of_two_resnets_the_error_names_both_and_a_key_chooses(tmp_path):
 
 def test_models_under_unknown_names_are_listed_with_what_chooses(tmp_path):
     path = tmp_path / "dino.pth"
-    student, teacher = (behind("module.backbone.", resnet(s).state_dict()) for s in (0, 1))
+    student, teacher = (with_prefix("module.backbone.", resnet(s).state_dict()) for s in (0, 1))
     save_checkpoint({"student": student, "teacher": teacher, "epoch": 3}, path)
-    text = f"under student, teacher: choose by --key, or as MODEL.WEIGHTS {path}?key=student"
+    text = (
+        "under student, teacher: choose with --key student, or with MODEL.WEIGHTS "
+        f"{path}?key=student"
+    )
     with pytest.raises(CheckpointError, match=re.escape(text)):
         load_checkpoint(path)
     model = resnet(2)
@@ -131,7 +134,7 @@ def test_models_under_unknown_names_are_listed_with_what_chooses(tmp_path):
         ("https://host/a.pth?key=ema", WeightsSource("https://host/a.pth", "ema")),
     ],
 )
-def test_weights_are_taken_apart(text, expected):
+def test_weights_are_parsed(text, expected):
     assert parse_source(text) == expected
 
 
@@ -176,14 +179,14 @@ def test_another_architecture_is_refused_by_name(name, prefix, caplog):
         pytest.skip("no ResNet by its names, so no prefix is inferred")
     model = resnet()
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    text = f"a.pth is .*{OTHERS[name]}.*, and the model is a ResNet-18"
+    text = f"a.pth is .*{OTHERS[name]}.*, but the model is a ResNet-18"
     with pytest.raises(CheckpointError, match=text):
-        load_weights(model, behind(prefix, state), "a.pth")
+        load_weights(model, with_prefix(prefix, state), "a.pth")
     assert_same(model.state_dict(), before)
 
 
-def test_an_anti_aliased_resnet_is_told_by_its_checkpoint():
-    with pytest.raises(CheckpointError, match="a.pth is an anti-aliased ResNet, and the model is"):
+def test_an_anti_aliased_resnet_is_recognized_by_its_checkpoint():
+    with pytest.raises(CheckpointError, match="a.pth is an anti-aliased ResNet, but the model is"):
         load_weights(resnet(), resnet().state_dict(), "a.pth", arch="resnetaa50")
 
 
@@ -224,7 +227,7 @@ def test_a_tensor_that_is_no_weight_leaves_the_model_as_it_was(wrong, reason):
 
 
 def test_a_layer_that_refuses_its_state_leaves_the_model_as_it_was():
-    """The last layer raises, when all others are filled."""
+    """The last layer raises, after all others are filled."""
     model = convert_to_refbn(resnet())
     before = {name: t.clone() for name, t in model.state_dict().items()}
 
@@ -232,6 +235,6 @@ def test_a_layer_that_refuses_its_state_leaves_the_model_as_it_was():
         raise RuntimeError("not this one")
 
     model.fc.register_load_state_dict_pre_hook(refuse)
-    with pytest.raises(CheckpointError, match="a.pth does not load .* stays as it was: not this"):
+    with pytest.raises(CheckpointError, match="a.pth does not load .* is unchanged: not this"):
         load_weights(model, resnet(1).state_dict(), "a.pth")
     assert_same(model.state_dict(), before)

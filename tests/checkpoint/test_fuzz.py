@@ -1,4 +1,4 @@
-"""Mutated files are read or refused, and nothing else happens; `fuzz.py` does it for an hour."""
+"""Mutated files are read or refused, and nothing else happens; `fuzz.py` runs for longer."""
 
 import time
 
@@ -9,7 +9,7 @@ from tests.checkpoint.fuzz import SEEDS, check, fuzz
 
 @pytest.mark.parametrize("seed", range(len(SEEDS)))
 def test_the_sound_files_are_read_as_far_as_they_go(tmp_path, seed):
-    """Those of a ResNet to the end; the others hold two tensors, which are no ResNet."""
+    """A ResNet's are read to the end. The others hold two tensors, which are not a ResNet."""
     data = SEEDS[seed]
     suffix = ".safetensors" if data[8:9] == b"{" else ".pkl"
     assert check(tmp_path, suffix, data) == (len(data) > 10_000)

@@ -1,7 +1,7 @@
-"""Pickles of numpy arrays: real ones are read to the bit, hostile ones are one sentence.
+"""Pickles of numpy arrays: real ones are read to the last bit, hostile ones are refused.
 
-The oracle of the real ones is numpy itself, in the pickles that numpy 1.26, numpy 2 and Python 2
-wrote. The hostile ones are programs that crash, allocate or run code in pickle.load.
+The oracle for real pickles is numpy itself: numpy 1.26, numpy 2 and Python 2 wrote them. The
+hostile pickles are programs that crash, allocate memory or run code in pickle.load.
 """
 
 import base64
@@ -21,7 +21,7 @@ from refbn_d2.checkpoint.files import load_checkpoint
 from refbn_d2.checkpoint.unpickling import read_pickle
 from refbn_d2.utils.errors import CheckpointError
 
-# Written by numpy 1.26.4, by protocol: ARRAYS and two entries beside them, compressed.
+# Written by numpy 1.26.4, by protocol: ARRAYS and two more entries, compressed.
 WRITTEN_BY_NUMPY_1 = {
     2: (
         "eNp1ktly0zAUhp2kaVJDoUBZy1bWlCWQUiBAaAyUrYYUxDK+89iKizzj2P0VeYZcMJObpO1b8Ahcct0+GEiOnQta"
@@ -62,7 +62,7 @@ WRITTEN_BY_PYTHON_2 = (
 
 
 class Call:
-    """Pickles as a call, and what is done to its result."""
+    """Pickles as a call, and as changes of its result."""
 
     def __init__(self, function, *args, state=None):
         self.reduced = (function, args) if state is None else (function, args, state)
@@ -138,7 +138,7 @@ def test_what_is_shared_stays_shared_and_cycles_end(tmp_path):
 
 
 def test_arrays_own_their_memory(tmp_path):
-    """Two arrays of one piece of bytes, one of which is written to."""
+    """Two arrays are made of the same bytes, and one is written to."""
     dtype, shared = np.dtype("f4"), bytes(8000)
     rebuild = np.zeros(1).__reduce_ex__(5)[0]
     calls = [Call(rebuild, shared, dtype, (2000,), "C") for _ in range(2)]
@@ -234,7 +234,7 @@ def test_a_pickle_cannot_take_more_memory_than_it_has(tmp_path, content):
 
 
 @pytest.mark.parametrize("how", ["arrays", "bytes", "sets", "dicts"])
-def test_what_is_in_a_file_once_cannot_fill_the_memory(tmp_path, how):
+def test_repeated_parts_cannot_fill_the_memory(tmp_path, how):
     text, dtype = b"\0" * 400_000, F4
     if how == "arrays":
         calls = [Call(FROM_BUFFER, text, dtype, (100_000,), "C") for _ in range(200)]
@@ -247,7 +247,7 @@ def test_what_is_in_a_file_once_cannot_fill_the_memory(tmp_path, how):
         items = items if how == "dicts" else list(range(50_000))
         calls = [Call(kind, items) for _ in range(200)]
     path = written(tmp_path / "a.pkl", {"model": calls}, 4)
-    with pytest.raises(CheckpointError, match="a.pkl declares more .*used so often"):
+    with pytest.raises(CheckpointError, match="a.pkl declares more .*repeated so often"):
         load_checkpoint(path)
 
 
@@ -258,7 +258,7 @@ def test_what_is_in_a_file_once_cannot_fill_the_memory(tmp_path, how):
     ids=["deep", "twice", "thrice"],
 )
 def test_a_key_cannot_crash_or_hang_the_process(tmp_path, suffix, key):
-    """Its hash would: of a million tuples in one another, or of 2 ** 60 in a hundred bytes."""
+    """Its hash would: of a million nested tuples, or of 2 ** 60 tuples in a hundred bytes."""
     path = tmp_path / f"a.{suffix}"
     content = b"\x80\x02}" + key + b"Ns."
     if suffix == "pth":

@@ -21,7 +21,7 @@ def resnext():
 
 
 def table(text):
-    """{title: what stands behind it} of the first lines, and the lines behind them."""
+    """Return the first lines as {title: text}, and the lines after them."""
     head, _, tail = text.partition("\n\n")
     return {line[:14].strip(): line[14:] for line in head.splitlines()}, tail.splitlines()
 
@@ -106,21 +106,21 @@ def test_averages_beside_the_weights(resnet, tmp_path):
     assert rows["model"] == "classifier, ResNet-18 with BN, 7 classes"
 
 
-def test_what_is_not_whole_is_said(resnet, tmp_path):
+def test_what_is_incomplete_is_described(resnet, tmp_path):
     state = {name: t for name, t in resnet.items() if name != "layer2.0.conv1.weight"}
     state |= {"head.weight": torch.ones(2), "bn1.bias": torch.ones(3)}
     save_checkpoint(state, tmp_path / "a.pth")
     rows, _ = table(describe(tmp_path / "a.pth"))
-    assert rows["lacking"] == "res3.0.conv1.weight"
-    assert rows["no part of it"] == "head.weight"
+    assert rows["missing"] == "res3.0.conv1.weight"
+    assert rows["not part of it"] == "head.weight"
     assert rows["wrong shape"] == "bn1.bias is (3,), not (64,)"
 
 
-def test_what_is_no_resnet_is_described_as_far_as_it_goes(tmp_path):
+def test_what_is_not_a_resnet_is_described_as_far_as_possible(tmp_path):
     save_checkpoint({"encoder.layers.encoder_layer_0.ln": torch.ones(3, 4)}, tmp_path / "a.pth")
     rows, text = table(describe(tmp_path / "a.pth"))
     assert rows["parameters"] == "12 in 1 of 1 tensors" and "model" not in rows
-    assert "a.pth is a ViT (torchvision). What can be converted" in text[0]
+    assert "a.pth is a ViT (torchvision), which cannot be converted" in text[0]
 
 
 def test_what_cannot_be_read_is_an_error(tmp_path):

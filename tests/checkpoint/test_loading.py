@@ -28,7 +28,7 @@ class Conv(nn.Conv2d):
 
 
 class Detector(nn.Module):
-    """The names of a Detectron2 detector with FPN, or without (`fpn=False`)."""
+    """A model with the names of a Detectron2 detector, with FPN or without (`fpn=False`)."""
 
     def __init__(self, norm="BN", blocks=6, classes=3, fpn=True, width=4):
         super().__init__()
@@ -76,7 +76,7 @@ def test_batch_norms_load_into_each_other(here, there, caplog):
     assert report.loaded == names
     assert report.missing == report.unexpected == report.shape_mismatch == []
     assert [record.levelname for record in caplog.records] == ["INFO"]
-    assert "a.pth: 39 of the model's 39 tensors loaded; 0 not in the file" in caplog.text
+    assert "a.pth: loaded 39 of the model's 39 tensors. 0 are not in the file" in caplog.text
     if here == "RefBN" and there != "RefBN":
         norm = model.backbone.bottom_up.stem.conv1.norm
         assert torch.equal(norm.ref_mean, norm.running_mean)
@@ -84,7 +84,7 @@ def test_batch_norms_load_into_each_other(here, there, caplog):
 
 
 def imagenet_names(model):
-    """The backbone's state under torchvision's names, with a classifier."""
+    """Return the backbone's state under torchvision's names, with a classifier."""
     renamed = {"fc.weight": torch.ones(10, 4)}
     for name, tensor in model.backbone.bottom_up.state_dict().items():
         name = name.replace("stem.conv1.norm", "bn1").replace("stem.", "").replace("res2", "layer1")

@@ -23,7 +23,7 @@ def torchvision_keys(name):
 
 
 def detectron2_keys(depth):
-    """Detectron2's names of a ResNet's backbone, written down from its architecture."""
+    """Return Detectron2's names of a ResNet backbone, written down from its architecture."""
     layers = ["stem.conv1"]
     for stage, blocks in zip((2, 3, 4, 5), BLOCKS[depth], strict=True):
         for block in range(blocks):
@@ -132,7 +132,7 @@ def test_two_names_for_one_tensor_are_an_error():
         ("res6.0.conv1.weight", None),
     ],
 )
-def test_a_resnets_name_is_told_with_its_place(name, expected):
+def test_a_resnets_name_is_split_from_its_place(name, expected):
     assert resnet_name(name) == expected
 
 

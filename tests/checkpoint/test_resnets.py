@@ -24,7 +24,7 @@ def shapes_of(model):
 
 
 def torchvisions(name):
-    """The shapes of torchvision's own, under Detectron2's names, without its classifier."""
+    """Return the shapes of torchvision's model but for its classifier, under Detectron2's names."""
     with torch.device("meta"):
         shapes = shapes_of(torchvision.models.get_model(name))
     return {torchvision_to_detectron2(n): s for n, s in shapes.items() if not n.startswith("fc")}
@@ -37,12 +37,12 @@ def test_shapes_are_torchvisions(name):
 
 
 @pytest.mark.parametrize("name", RESNETS)
-def test_it_is_told_from_the_shapes(name):
+def test_it_is_inferred_from_the_shapes(name):
     assert infer_resnet(torchvisions(name)) == RESNETS[name]
 
 
 @pytest.mark.parametrize("last_stage", [3, 4])
-def test_one_without_its_last_stages_is_told(last_stage):
+def test_one_without_its_last_stages_is_inferred(last_stage):
     for name in ("resnet18", "resnet34", "resnet50"):
         shapes = {
             n: s for n, s in torchvisions(name).items() if n < f"res{last_stage + 1}" or "stem" in n
@@ -119,7 +119,7 @@ def test_its_config_builds_it_in_detectron2(which):
     assert infer_resnet(shapes_of(model)) == which
 
 
-# ---- what is none
+# ---- other architectures
 
 OTHERS = {
     "vit_b_16": "ViT (torchvision)",

@@ -1,4 +1,4 @@
-"""torch.save's files that declare what they do not hold, or hold what is no weight."""
+"""Files of torch.save that declare what they do not hold, or hold what cannot be a weight."""
 
 import pickle
 import re
@@ -14,7 +14,7 @@ from refbn_d2.utils.errors import CheckpointError
 
 
 class Call:
-    """Pickles as a call, and what is done to its result."""
+    """Pickles as a call, and as changes of its result."""
 
     def __init__(self, function, *args, state=None):
         self.reduced = (function, args) if state is None else (function, args, state)
@@ -29,7 +29,7 @@ def saved(path, data):
 
 
 def rewritten(path, change, compression=zipfile.ZIP_STORED):
-    """`path` with `change` done to the bytes of its pickle."""
+    """Rewrite the file at `path` with `change` applied to the bytes of its pickle."""
     if not zipfile.is_zipfile(path):
         path.write_bytes(change(path.read_bytes()))
         return path
@@ -94,7 +94,7 @@ def test_a_zip_bomb_is_refused(tmp_path):
 
 
 def test_a_file_is_checked_as_what_torch_takes_it_for(tmp_path):
-    """An old file of torch with a sound archive at its end, which zipfile finds."""
+    """An old torch file has a sound archive at its end, which zipfile finds."""
     sound = saved(tmp_path / "a.pth", {"w": torch.ones(2)}).read_bytes()
     path = saved(tmp_path / "legacy.pth", {"w": torch.ones(1).expand(2**31)})
     path.write_bytes(path.read_bytes() + sound)
@@ -236,12 +236,12 @@ def test_a_safetensors_header_is_checked(tmp_path):
         {"dtype": "X99"},
         {"shape": [-2]},
     ):
-        with pytest.raises(CheckpointError, match="a.safetensors is cut off or no checkpoint"):
+        with pytest.raises(CheckpointError, match="a.safetensors is cut off or not a checkpoint"):
             load_checkpoint(file({"w": entry | wrong}))
     with pytest.raises(CheckpointError, match="a.safetensors: w is boolean"):
         load_checkpoint(file({"w": entry | {"dtype": "BOOL", "shape": [8]}}))
 
 
-def test_the_trap_is_a_live_one():
-    """What is refused above does take the memory, or the code, in pickle.load."""
+def test_the_traps_work():
+    """In pickle.load, what is refused above does take the memory or run the code."""
     assert len(pickle.loads(pickle.dumps(Call(bytearray, 1000)))) == 1000

@@ -14,7 +14,7 @@ from tests.checkpoint.helpers import assert_same, state, write
 
 
 class Code:
-    """Its unpickling makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -53,7 +53,7 @@ def test_code_is_refused_and_not_run(tmp_path, name):
     with pytest.raises(CheckpointError, match=f"{name} holds code.*open.*refused"):
         load_checkpoint(tmp_path / name)
     assert not (tmp_path / "ran").exists()
-    pickle.loads(pickle.dumps(data["more"]))[0].close()  # the trap is a live one
+    pickle.loads(pickle.dumps(data["more"]))[0].close()  # the trap works
     assert (tmp_path / "ran").exists()
 
 

@@ -1,4 +1,4 @@
-"""A pretrained backbone in a detector: loaded, and its reference kept or captured anew."""
+"""A pretrained backbone in a detector is loaded, and its reference kept or captured again."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from refbn_d2.layers import convert_to_refbn, refbn_layers
 
 @pytest.fixture(params=[".pkl", ".pth"])
 def backbone(request, tmp_path):
-    """(the file for MODEL.WEIGHTS, torchvision's model in it), with a reference of its own."""
+    """Return a file for MODEL.WEIGHTS with a reference, and torchvision's model in it."""
     torch.manual_seed(0)
     model = convert_to_refbn(resnet18(num_classes=12))
     for _, layer in refbn_layers(model):

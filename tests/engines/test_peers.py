@@ -1,4 +1,4 @@
-"""BRN, CBN and MABN by name: built, scheduled, linked and trained on both engines."""
+"""BRN, CBN and MABN are built by name, scheduled, linked and trained on both engines."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_the_torchvision_engine_builds_and_trains_it(tiny_cfg, name):
         "gt_classes": torch.tensor([1]),
         "gt_masks": [np.ones((64, 64), bool)],
     }
-    for _ in range(2):  # CBN and MABN raise in a training step where they are not linked
+    for _ in range(2):  # CBN and MABN raise in a training step if they are not linked
         losses = model([sample, sample])
         sum(losses.values()).backward()
     assert all(torch.isfinite(loss) for loss in losses.values())

@@ -17,7 +17,7 @@ SAID = re.compile(r"loss (\d+\.\d+) at first, (\d+\.\d+) at last")
 
 @pytest.fixture
 def steps_seen(monkeypatch):
-    """Of each step: (iteration, slice appended?, position of the next, all layers have theirs?)."""
+    """Record each step: (iteration, slice appended, next position, all layers have it)."""
     from refbn_d2 import ReferenceBatch
 
     seen, after_step = [], ReferenceBatch.after_step
@@ -44,12 +44,12 @@ def losses(capsys):
 
 
 def expected_steps(steps, images, slice_size=8):
-    """A slice every fourth step, going around the images."""
+    """Return the steps with a slice every fourth step, which cycles through the images."""
     return [(i, i % 4 == 0, (i // 4 + 1) * slice_size % images, True) for i in range(steps)]
 
 
 def test_plain_pytorch(tmp_path, capsys, steps_seen):
-    """A resumed run counts on, and finds the reference images again."""
+    """A resumed run continues the count, and finds the same reference images."""
     make_classification(tmp_path, num_train=48, num_val=1)
     args = ["--epochs", "1", "--num-train", "48", "--root", str(tmp_path)]
     args += ["--checkpoint", str(tmp_path / "checkpoint.pth")]
@@ -63,7 +63,7 @@ def test_plain_pytorch(tmp_path, capsys, steps_seen):
 
 
 def test_timm_model(tmp_path, capsys, steps_seen):
-    """What is saved is timm's own model, without a trace of this package."""
+    """The saved file is timm's model, without a trace of this package."""
     import timm
 
     output = tmp_path / "resnet10t.pth"
@@ -75,7 +75,7 @@ def test_timm_model(tmp_path, capsys, steps_seen):
 
 
 def test_torchvision_maskrcnn(tiny_shapes, capsys, steps_seen):
-    """The six images of the validation split, at 64 pixels."""
+    """The data are the six images of the validation split, at 64 pixels."""
     shapes = tiny_shapes / "shapes"
     json_file = shapes / "annotations/instances_val.json"
     load("torchvision_maskrcnn").main([str(json_file), str(shapes / "val"), "--size", "64"])
@@ -99,7 +99,7 @@ def test_lightning(tmp_path, capsys, steps_seen, monkeypatch):
 
 @pytest.mark.detectron2
 def test_plain_detectron2(detectron2_cfg, tmp_path, capsys, steps_seen):
-    """REFRESH_PERIOD is 3; the config's own file, then KEY VALUE pairs."""
+    """REFRESH_PERIOD is 3; the config comes from its file and KEY VALUE pairs."""
     pytest.importorskip("detectron2.engine", reason="Detectron2 is not installed")
     config_file = tmp_path / "config.yaml"
     config_file.write_text(detectron2_cfg.dump())

@@ -4,7 +4,7 @@ import torchvision
 
 
 def randomise(model, seed=0):
-    """Norms as after a training."""
+    """Give the norms random values, as after a training."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
         if name.endswith(("running_mean", "ref_mean")):
@@ -22,7 +22,7 @@ def resnet18():
 
 @pytest.fixture(scope="session")
 def mask_rcnn_cfg():
-    """Mask R-CNN R-18-FPN, RefBN wherever Detectron2 puts a norm."""
+    """Return a config of Mask R-CNN R-18-FPN, with RefBN wherever Detectron2 has a norm."""
     from refbn_d2.config import get_cfg
 
     stages, maps = ["res2", "res3", "res4", "res5"], ["p2", "p3", "p4", "p5", "p6"]
@@ -53,13 +53,13 @@ def mask_rcnn_cfg():
 
 @pytest.fixture(scope="session")
 def mask_rcnn(mask_rcnn_cfg):
-    """Its model, with weights that make many detections of several classes."""
+    """Return its model, with weights that make many detections of several classes."""
     from refbn_d2.engines.torchvision.modeling import build_model
 
     torch.manual_seed(0)
     model = randomise(build_model(mask_rcnn_cfg))
     image = torch.randint(0, 256, (3, 128, 160), generator=torch.Generator().manual_seed(0))
-    # The predictors in the order they depend on each other, and the spread of what they put out.
+    # The predictors in the order in which they depend on each other; the spread of their outputs.
     for spreads in (
         {"objectness_logits": 2.0, "anchor_deltas": 0.3},
         {"cls_score": 2.0, "bbox_pred": 1.0},
@@ -84,7 +84,7 @@ def mask_rcnn(mask_rcnn_cfg):
 
 @pytest.fixture
 def small_picture(monkeypatch):
-    """A quarter of the pixels, for the sake of time."""
+    """Use a quarter of the pixels, to save time."""
     from refbn_d2.export import verify
 
     monkeypatch.setattr(verify, "PICTURE", (128, 160))
@@ -92,7 +92,7 @@ def small_picture(monkeypatch):
 
 @pytest.fixture
 def no_detectron2(monkeypatch):
-    """As if Detectron2 were not installed."""
+    """Hide Detectron2, as if it were not installed."""
     from refbn_d2.export import verify
 
     monkeypatch.setattr(verify, "_detectron2", lambda cfg: None)

@@ -1,4 +1,4 @@
-"""tools/convert_checkpoint.py: from file to file, as a user calls it."""
+"""tools/convert_checkpoint.py converts files, as a user calls it."""
 
 import pickle
 import subprocess
@@ -22,7 +22,7 @@ TOOL = Path(__file__).parents[2] / "tools/convert_checkpoint.py"
 
 @pytest.fixture
 def source(resnet18, tmp_path):
-    """torchvision's ResNet-18, saved as torchvision's users do."""
+    """Save torchvision's ResNet-18 as torchvision's users do."""
     path = tmp_path / "resnet18.pth"
     torch.save(resnet18.state_dict(), path)
     return path
@@ -30,7 +30,7 @@ def source(resnet18, tmp_path):
 
 @pytest.fixture
 def detector(mask_rcnn, mask_rcnn_cfg, tmp_path):
-    """A detector's checkpoint beside its config.yaml, as a run leaves them."""
+    """Write a detector's checkpoint and its config.yaml, as a run does."""
     folder = tmp_path / "run"
     save_checkpoint({"model": mask_rcnn.state_dict(), "iteration": 7}, folder / "model_final.pth")
     (folder / "config.yaml").write_text(mask_rcnn_cfg.dump())
@@ -45,10 +45,10 @@ def same(first, second):
 def test_there_and_back_is_the_file_to_the_bit(source, tmp_path, suffix, no_detectron2):
     there, back = tmp_path / f"r18.{suffix}", tmp_path / "back.pth"
     text = convert_file(source, there, "detectron2", check=True)
-    assert "ResNet-18 in the layout of detectron2" in text and "res5 " in text
+    assert "ResNet-18 in detectron2's layout" in text and "res5 " in text
     for line in ("MODEL.RESNETS.DEPTH 18", "MODEL.RESNETS.NORM BN", "INPUT.FORMAT RGB"):
         assert f"  {line}\n" in f"{text}\n"
-    assert ("Detectron2 itself reads .pkl and .pth alone." in text) == (suffix == "safetensors")
+    assert ("Detectron2 itself reads only .pkl and .pth." in text) == (suffix == "safetensors")
     convert_file(there, back, "torchvision")
     expected, found = (torch.load(path) for path in (source, back))
     assert found.keys() == expected.keys()
@@ -82,9 +82,9 @@ def test_a_detector_is_converted_with_the_config_beside_it(
 
 
 def test_a_detector_without_config_and_one_with_anothers(detector, source, tmp_path):
-    convert_file(detector, tmp_path / "a.pth", "detectron2", "BN")  # names and norms need none
+    convert_file(detector, tmp_path / "a.pth", "detectron2", "BN")  # names and norms need no config
     (detector.parent / "config.yaml").rename(tmp_path / "other.yaml")
-    with pytest.raises(CheckpointError, match="no config.yaml beside it: say --config-file"):
+    with pytest.raises(CheckpointError, match="no config.yaml next to it.* give --config-file"):
         convert_file(detector, tmp_path / "b.pth", "detectron2", "BN", check=True)
     text = (tmp_path / "other.yaml").read_text()
     (tmp_path / "other.yaml").write_text(text.replace("DEPTH: 18", "DEPTH: 34"))
@@ -117,10 +117,12 @@ def test_what_fails_the_check_is_not_written(source, tmp_path, monkeypatch, no_d
 
 def test_no_file_is_ever_replaced(source, tmp_path):
     before = source.read_bytes()
-    with pytest.raises(FileExistsError, match="resnet18.pth is the checkpoint itself"):
+    with pytest.raises(
+        FileExistsError, match="resnet18.pth is the source itself and is not replaced"
+    ):
         convert_file(source, source, "torchvision", "RefBN")
     (tmp_path / "mine.pth").write_text("precious")
-    with pytest.raises(FileExistsError, match="mine.pth exists, and is not replaced"):
+    with pytest.raises(FileExistsError, match="mine.pth exists already and is not replaced"):
         convert_file(source, tmp_path / "mine.pth", "detectron2")
     assert source.read_bytes() == before and (tmp_path / "mine.pth").read_text() == "precious"
 
@@ -139,7 +141,7 @@ def test_suffixes(source, tmp_path, to, name, message):
 
 
 def test_a_norm_is_not_for_a_program(source, tmp_path):
-    with pytest.raises(CheckpointError, match="--norm BN is not for --to onnx"):
+    with pytest.raises(CheckpointError, match="--to onnx folds all norms: leave out --norm BN"):
         convert_file(source, tmp_path / "a.onnx", "onnx", "BN")
 
 
@@ -165,4 +167,4 @@ def test_command_line(source, tmp_path):
     assert code == 1 and err.startswith("CheckpointError: ") and "cut.pth is cut off" in err
     assert "Traceback" not in err and not (tmp_path / "b.pkl").exists()
     code, out, err = call(source)
-    assert code == 2 and "SRC, DST and --to are needed" in err
+    assert code == 2 and "give SRC, DST and --to" in err

@@ -1,4 +1,4 @@
-"""Backbones as ONNX and TorchScript, run by what runs them elsewhere."""
+"""Backbones as ONNX and TorchScript, run by their own runtimes."""
 
 import io
 
@@ -12,13 +12,13 @@ from refbn_d2.utils.errors import CheckpointError
 
 
 def backbone(resnet18):
-    """torchvision's ResNet-18 in Detectron2's layout, with RefBN."""
+    """Return torchvision's ResNet-18 in Detectron2's layout, with RefBN."""
     before = identify({"model": resnet18.state_dict()}, "a.pth")
     return identify({"model": convert_state(before, "detectron2", "RefBN")}, "a.pth")
 
 
 def run(data, to, images, names):
-    """The program's maps, in its own runtime."""
+    """Return the program's maps, computed by its own runtime."""
     if to == "torchscript":
         return torch.jit.load(io.BytesIO(data))(images)
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -24,7 +24,7 @@ def converted(before, to, norm=None):
 
 
 def rows(table):
-    """{stage: difference}"""
+    """Return {stage: difference}."""
     found = re.findall(r"^  (\w+) +(\d\S+|inf|nan)$", table, re.MULTILINE)
     return {stage: float(value) for stage, value in found}
 
@@ -33,7 +33,7 @@ def rows(table):
     params=["this package's", pytest.param("Detectron2's", marks=pytest.mark.detectron2)]
 )
 def whose(request):
-    """Who runs Detectron2's layout."""
+    """Choose which package runs Detectron2's layout."""
     if request.param == "Detectron2's":
         pytest.importorskip("detectron2")
     else:
@@ -75,7 +75,7 @@ def test_a_changed_tensor_is_found_in_its_stage(resnet18, layout, name, first):
     state = {n: t.clone() for n, t in resnet18.state_dict().items()}
     state[name].flatten()[0] += 1
     after = converted(contents(state), layout)
-    with pytest.raises(CheckpointError, match="a.pth: what it became computes something else") as e:
+    with pytest.raises(CheckpointError, match="a.pth: the result computes something else") as e:
         verify(before, after)
     differences = rows(str(e.value))
     assert [stage for stage in STAGES if differences[stage] > 1e-4] == STAGES[STAGES.index(first) :]
@@ -150,7 +150,7 @@ def test_a_detectors_resnet_computes_the_same_in_torchvision(mask_rcnn, mask_rcn
 
 
 def test_a_fpn_without_p5_runs_in_this_package(mask_rcnn, mask_rcnn_cfg):
-    """Detectron2's cannot: its last map is p5's."""
+    """Detectron2 cannot run it: its last map is made from p5."""
     cfg = mask_rcnn_cfg.clone()
     cfg.merge_from_list(
         [

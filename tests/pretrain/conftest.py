@@ -8,7 +8,7 @@ from refbn_d2.data.shapes.dataset import make_classification
 
 @pytest.fixture(scope="session")
 def tiny_classes(tmp_path_factory):
-    """A folder of train/ and val/, 84 + 24 pictures of 32 pixels in 12 classes and 7 domains."""
+    """Make train/ and val/: 84 + 24 pictures of 32 pixels in 12 classes and 7 domains."""
     return make_classification(
         tmp_path_factory.mktemp("datasets"), size=32, num_train=84, num_val=24
     )
@@ -16,7 +16,7 @@ def tiny_classes(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_cfg(tiny_classes):
-    """output_dir -> a small ResNet with RefBN on `tiny_classes`, 2 epochs of 10 steps."""
+    """Return a function output_dir -> config: a small ResNet with RefBN, 2 epochs of 10 steps."""
 
     def make(output_dir):
         cfg = get_pretrain_cfg()

@@ -1,4 +1,4 @@
-"""Runs of the pretraining, in this process and as a user starts them."""
+"""Run the pretraining, in this process and as a user starts it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The backbone that pretraining leaves: what Detectron2's and our detectors make of it."""
+"""The backbone of a pretraining, in Detectron2's and in our detectors."""
 
 import pickle
 from pathlib import Path
@@ -18,7 +18,7 @@ from refbn_d2.training.main import run_training
 
 @pytest.fixture(scope="module", params=["RefBN", "BN", "GN"])
 def pretrained(request, make_cfg, tmp_path_factory):
-    """(cfg, folder) of a short run of a ResNet-18 with a moving average."""
+    """Return config and folder of a short run of a ResNet-18 with a moving average."""
     cfg = make_cfg(tmp_path_factory.mktemp(request.param))
     cfg.merge_from_list(
         ["MODEL.NAME", "resnet18", "MODEL.NORM", request.param, "SOLVER.EPOCHS", 1,
@@ -30,7 +30,7 @@ def pretrained(request, make_cfg, tmp_path_factory):
 
 
 def features(cfg, folder, x):
-    """What timm's model, with the averaged weights, gives at res5."""
+    """Return the output of timm's model at res5, with the averaged weights."""
     model = build_model(cfg, 12)
     model.load_state_dict(load_checkpoint(folder / "model_final.pth")["model_ema"])
     with torch.no_grad():
@@ -38,7 +38,7 @@ def features(cfg, folder, x):
 
 
 def detector_config(folder, cfg, *overrides):
-    """A user's config that has the backbone's as its base, behind another one."""
+    """Return a user's config with two bases, of which the last is the backbone's."""
     (folder / "mine.yaml").write_text(f"_BASE_: [other.yaml, {folder}/backbone.yaml]\nSEED: 5\n")
     (folder / "other.yaml").write_text("MODEL: {WEIGHTS: other.pkl, RESNETS: {DEPTH: 101}}\n")
     cfg.merge_from_file(str(folder / "mine.yaml"))
@@ -119,5 +119,5 @@ def test_no_backbone_for_other_models(cfg):
     folder = Path(cfg.OUTPUT_DIR)
     assert not list(folder.glob("backbone*"))
     log = (folder / "log.txt").read_text()
-    assert "test_resnet is no ResNet or ResNeXt that Detectron2 builds: no backbone will be" in log
-    assert "No backbone written: Detectron2 has no test_resnet" in log
+    assert "test_resnet is not a ResNet or ResNeXt that Detectron2 can build: only the" in log
+    assert "No backbone written: Detectron2 cannot build test_resnet" in log

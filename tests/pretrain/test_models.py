@@ -1,4 +1,4 @@
-"""Norms in timm's models, and which of them Detectron2 has as a backbone."""
+"""Norms in timm's models, and which models Detectron2 can build as a backbone."""
 
 import logging
 
@@ -72,8 +72,8 @@ def test_nothing_is_reported_as_not_converted(cfg, caplog):
     assert "Not converted" not in caplog.text
 
 
-def test_conversion_and_folding_leave_an_activation_alone(cfg, caplog):
-    """A plain BatchNorm2d in its place would drop the activation without a word."""
+def test_conversion_and_folding_keep_an_activation(cfg, caplog):
+    """A plain BatchNorm2d in its place would silently drop the activation."""
     x = torch.randn(2, 3, 64, 64)
     model = build(cfg, "MODEL.NAME", "regnetx_002").eval()
     want = model(x)
@@ -83,7 +83,7 @@ def test_conversion_and_folding_leave_an_activation_alone(cfg, caplog):
     assert "Not converted from RefBatchNorm2d: stem.bn" in caplog.text
 
 
-def test_the_activation_follows_the_normalised_batch():
+def test_the_activation_follows_the_normalized_batch():
     layer = RefBatchNormAct2d(4)
     layer.drop, layer.act = nn.Identity(), nn.ReLU()
     plain = RefBatchNorm2d(4)
@@ -117,7 +117,7 @@ def test_syncbn_on_the_cpu_is_bn_and_says_so(cfg, caplog):
     with caplog.at_level(logging.WARNING):
         model = build(cfg, "MODEL.NORM", "SyncBN")
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
-    assert "SyncBN is BN on the CPU" in caplog.text
+    assert "SyncBN needs CUDA in torch: using BN on the CPU" in caplog.text
 
 
 def test_syncbn_for_cuda(cfg):
@@ -183,10 +183,10 @@ def test_norms_and_drop_rates_make_no_other_backbone(cfg, norm):
 @pytest.mark.parametrize(
     "name",
     [
-        "resnet26",  # no depth of Detectron2's
+        "resnet26",  # a depth that Detectron2 does not have
         "resnet50d",  # deep stem, pooling in the shortcut
         "resnet50c",
-        "resnetblur18",  # no parameters tell it from resnet18
+        "resnetblur18",  # has the same parameters as resnet18
         "resnetaa50",
         "seresnet50",
         "resnetv2_50",

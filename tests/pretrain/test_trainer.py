@@ -1,4 +1,4 @@
-"""Real pretraining on generated pictures: what a run leaves, and what a step does."""
+"""Real pretraining on generated pictures: the files of a run, and its steps."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from refbn_d2.checkpoint import load_checkpoint, save_checkpoint
 from refbn_d2.layers import refbn_layers
 from tests.pretrain.helpers import final, metrics, run, trainer
 
-# ---- what a run leaves
+# ---- the files of a run
 
 
 def test_a_run_leaves_what_imagenet_people_expect(cfg):
@@ -40,7 +40,7 @@ def test_a_run_leaves_what_imagenet_people_expect(cfg):
 
 
 def test_validation_measures_what_it_says(cfg, tiny_classes):
-    """Against timm's BatchNorm model, and sorting by numpy."""
+    """The oracle is timm's BatchNorm model, and sorting by numpy."""
     results = run(cfg, "INPUT.CROP_PCT", 1.0)
     model = timm.create_model("test_resnet", num_classes=12).eval()
     missing, unexpected = model.load_state_dict(final(cfg.OUTPUT_DIR), strict=False)
@@ -62,15 +62,15 @@ def test_validation_measures_what_it_says(cfg, tiny_classes):
     assert results["val/loss"] == pytest.approx(-log_p[range(24), labels].mean(), rel=1e-4)
 
 
-def colours(root):
-    """12 classes that differ in colour alone: 8 + 2 pictures each."""
+def colors(root):
+    """Draw 12 classes that differ only in color, 8 + 2 pictures each."""
     rng = np.random.default_rng(0)
     for label in range(12):
-        colour = np.array([label % 3, label // 3 % 2, label // 6]) * [120, 240, 240]
+        color = np.array([label % 3, label // 3 % 2, label // 6]) * [120, 240, 240]
         for split, number in (("train", 8), ("val", 2)):
             (root / split / f"{label:02d}").mkdir(parents=True)
             for i in range(number):
-                pixels = np.clip(colour + rng.integers(-10, 11, (32, 32, 3)), 0, 255)
+                pixels = np.clip(color + rng.integers(-10, 11, (32, 32, 3)), 0, 255)
                 Image.fromarray(pixels.astype(np.uint8)).save(root / split / f"{label:02d}/{i}.png")
     return root
 
@@ -78,7 +78,7 @@ def colours(root):
 @pytest.mark.parametrize("norm", ["RefBN", "BN"])
 def test_it_learns(cfg, tmp_path, norm):
     results = run(
-        cfg, "DATASETS.ROOT", str(colours(tmp_path / "colours")), "MODEL.NORM", norm,
+        cfg, "DATASETS.ROOT", str(colors(tmp_path / "colors")), "MODEL.NORM", norm,
         "SOLVER.EPOCHS", 12, "SOLVER.OPTIMIZER", "adamw", "SOLVER.BASE_LR", 0.003,
     )  # fmt: skip
     assert results["val/top1"] > 80
@@ -103,13 +103,13 @@ def test_a_resumed_run_does_not_forget_the_best(cfg):
 
 
 def test_the_moving_average(cfg):
-    """Weights that are averaged by hand along the run, of parameters and statistics alike."""
+    """The oracle averages parameters and statistics by hand during the run."""
     one = trainer(cfg, "MODEL.EMA.ENABLED", True, "MODEL.EMA.DECAY", 0.7)
     average = None
     for iteration, batch in zip(range(6), one.loader, strict=False):
         one.step(iteration, batch)
         state = {k: v.clone() for k, v in one.model.state_dict().items() if v.is_floating_point()}
-        if iteration < 2:  # timm's begins with the second step
+        if iteration < 2:  # timm begins with the second step
             average = state
         average = {k: 0.7 * average[k] + 0.3 * v for k, v in state.items()}
     got = one.ema.module.state_dict()
@@ -158,14 +158,14 @@ def test_weight_decay_leaves_norms_and_biases(cfg):
 
 
 def gradients(one, iteration, batch):
-    """Of one step whose optimizer does nothing."""
+    """Return the gradients of one step whose optimizer does nothing."""
     one.optimizer.step = lambda: None
     loss = one.step(iteration, batch)[1]["total_loss"]
     return loss, [p.grad.clone() for p in one.model.parameters()]
 
 
 def test_accumulated_parts_are_one_batch(cfg):
-    """A norm that does not see the batch: the same gradients in one part or in four."""
+    """With a norm that is not over the batch, one part and four give the same gradients."""
     cfg.merge_from_list(["MODEL.NAME", "resnet18", "MODEL.NORM", "GN"])
     results = []
     for parts in (1, 4):
@@ -178,7 +178,7 @@ def test_accumulated_parts_are_one_batch(cfg):
 
 
 def inputs_of(one):
-    """What the first layer gets, slice included, in the order of the model's passes."""
+    """Record the first layer's inputs, slice included, in the order of the model's passes."""
     seen = []
     one.model.conv1.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     return seen
@@ -227,7 +227,7 @@ def test_channels_last(cfg):
     for on in (True, False):
         one = trainer(cfg, "MODEL.CHANNELS_LAST", on)
         seen = inputs_of(one)
-        one.step(0, next(iter(one.loader)))  # with a slice on it
+        one.step(0, next(iter(one.loader)))  # with an appended slice
         tensors = [seen[0], one.model.layer1[0].conv1.weight]
         assert all(t.is_contiguous(memory_format=torch.channels_last) == on for t in tensors)
 
@@ -243,7 +243,7 @@ def test_bfloat16(cfg):
 
 @pytest.mark.slow
 def test_compiled_is_eager(cfg):
-    """With a capture, appended slices, validation and the moving average: one graph for each."""
+    """Capture, appended slices, validation and the moving average have one graph each."""
     torch._dynamo.reset()
     measured = []
     for compiled in (False, True):

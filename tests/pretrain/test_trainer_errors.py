@@ -1,4 +1,4 @@
-"""What a run says of input that does not fit."""
+"""Errors of a run whose input does not fit."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ from tests.pretrain.helpers import final, run, start
 def test_output_dir_of_another_run_is_left_alone(cfg):
     run(cfg)
     before = sorted((p, p.stat().st_mtime_ns) for p in Path(cfg.OUTPUT_DIR).iterdir())
-    with pytest.raises(FileExistsError, match="holds a run already. Go on with it by --resume"):
+    with pytest.raises(FileExistsError, match="holds a run already. Resume it with --resume"):
         run(cfg)
     with pytest.raises(ValueError, match="SOLVER.BASE_LR: 0.02 there, 0.1 now"):
         run(cfg, "SOLVER.BASE_LR", 0.1, resume=True)
@@ -30,7 +30,7 @@ def test_output_dir_of_another_run_is_left_alone(cfg):
 def test_resume_without_an_earlier_run_starts_anew(cfg):
     run(cfg, resume=True)
     log = (Path(cfg.OUTPUT_DIR) / "log.txt").read_text()
-    assert "holds no checkpoint yet; starting anew" in log
+    assert "holds no checkpoint yet; starting from the beginning" in log
 
 
 def fewer_classes(root, tiny_classes):
@@ -119,7 +119,7 @@ def test_nan_loss_names_the_iteration_and_keeps_the_checkpoint(cfg, monkeypatch)
 
 
 def worker_1_diverges(cfg):
-    """In each of two workers; the step that ends with a checkpoint has a loss of NaN on one."""
+    """Run in two workers; in the step that ends with a checkpoint, one has a loss of NaN."""
     step = Trainer.step
 
     def poisoned(self, iteration, batch):
@@ -128,7 +128,7 @@ def worker_1_diverges(cfg):
         try:
             return step(self, iteration, batch)
         except FloatingPointError:
-            time.sleep(3)  # worker 0 is not to be ended before it could write a checkpoint
+            time.sleep(3)  # give worker 0 the time to write a checkpoint
             raise
 
     if distributed.rank() == 1:
@@ -167,10 +167,7 @@ def test_too_many_unreadable_images_stop_the_run(cfg, tmp_path, tiny_classes):
     overrides = ["DATALOADER.MAX_UNREADABLE", 0.02, "OUTPUT_DIR", str(tmp_path / "again")]
     run(cfg, *overrides)
     log = (tmp_path / "again/log.txt").read_text()
-    assert (
-        log.count("Image 1 that cannot be read, and is skipped: arrow/000008_plain.png (no image)")
-        == 1
-    )
+    assert log.count("Unreadable image number 1 is skipped: arrow/000008_plain.png (no image)") == 1
 
 
 def test_command_line_errors_are_one_line(cfg, tmp_path):

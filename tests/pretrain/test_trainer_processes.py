@@ -26,7 +26,7 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, iteration):
-    """As SIGKILL does: nothing is written any more."""
+    """End the run as SIGKILL does: nothing is written afterwards."""
     step = Trainer.step
 
     def dying_step(self, i, batch):
@@ -84,7 +84,7 @@ def wait_for(condition, process, seconds=120):
 
 @pytest.mark.slow
 def test_40_iterations_straight_or_killed_at_20(cfg, tmp_path):
-    """The real thing: a process that is sent SIGKILL."""
+    """A real process gets a SIGKILL."""
     cfg.merge_from_list(["SOLVER.EPOCHS", 8, "SOLVER.CHECKPOINT_PERIOD", 20, *ALL_AT_ONCE])
     process = start(cfg, tmp_path)
     checkpoint = Path(cfg.OUTPUT_DIR) / "last_checkpoint"
@@ -109,7 +109,7 @@ def test_signal_writes_a_checkpoint_and_resume_goes_on(cfg, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGINT, err
-    assert "its checkpoint is written. Go on with --resume" in err
+    assert "its checkpoint is written. Resume with --resume" in err
     (saved,) = Path(cfg.OUTPUT_DIR).glob("model_0*.pth")
     done = load_checkpoint(saved)["iteration"]
     run(cfg, "SOLVER.EPOCHS", done // 10 + 2, resume=True)
@@ -132,7 +132,7 @@ def in_workers(cfg, tmp_path, launcher=(), *arguments):
 
 
 def test_two_workers_by_torchrun_train_as_one(cfg, tmp_path):
-    """A norm that does not see the batch: the same gradients, however it is split."""
+    """With a norm that is not over the batch, any split gives the same gradients."""
     cfg.merge_from_list(
         ["MODEL.NAME", "resnet18", "MODEL.NORM", "GN", "SOLVER.EPOCHS", 1,
          "SOLVER.WARMUP_EPOCHS", 0, "SOLVER.IMS_PER_BATCH", 28, "SOLVER.BASE_LR", 0.01]
@@ -144,7 +144,7 @@ def test_two_workers_by_torchrun_train_as_one(cfg, tmp_path):
     a, b = final(tmp_path / "one"), final(cfg.OUTPUT_DIR)
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-2, atol=1e-4)
-    assert len(metrics(cfg)) == 2  # written by worker 0 alone
+    assert len(metrics(cfg)) == 2  # written only by worker 0
     assert metrics(cfg)[-1]["val/loss"] == pytest.approx(one["val/loss"], rel=1e-3)
     assert (Path(cfg.OUTPUT_DIR) / "backbone.pkl").exists()
 

@@ -10,7 +10,7 @@ DOMAINS = ["day", "day", "night", "night"]
 
 @pytest.fixture
 def coco(tmp_path, monkeypatch):
-    """A root of 12 + 8 pictures of 40 pixels; two of four by day, one square each."""
+    """Make 12 + 8 pictures of 40 pixels with one square each; two of four are by day."""
     rng = np.random.default_rng(0)
     for part, number in (("train", 12), ("val", 8)):
         images, annotations = [], []
@@ -32,7 +32,7 @@ def coco(tmp_path, monkeypatch):
 
 @pytest.fixture
 def content(request):
-    """A study of detection, as the YAML file holds it."""
+    """Return a detection study, as its YAML file holds it."""
     quickstart = request.config.rootpath / "configs/quickstart/mask_rcnn_R_18_FPN_bn.yaml"
     return {
         "task": "detection",
@@ -50,7 +50,7 @@ def content(request):
 
 @pytest.fixture
 def written(tmp_path):
-    """Writes a study file, and returns its path."""
+    """Return a function that writes a study file and returns its path."""
 
     def write(content, name="mine"):
         path = tmp_path / f"{name}.yaml"

@@ -1,4 +1,4 @@
-"""Parts, single domains and corrupted copies of the sets of a study."""
+"""Parts, sets without a domain, and corrupted copies of a study's sets."""
 
 import json
 from collections import Counter
@@ -49,7 +49,7 @@ def test_a_domain_held_out(coco, content, written, tmp_path):
     assert ids(held) == [10, 11, 14, 15, 18, 19]
     content_of = json.loads(held.json_file.read_text())
     assert {a["image_id"] for a in content_of["annotations"]} == set(ids(held))
-    with pytest.raises(ConfigError, match="hold_out 'nigth' is no domain.*mean 'night'"):
+    with pytest.raises(ConfigError, match="hold_out 'nigth' is not a domain.*mean 'night'"):
         sets.make(["nigth"])
 
 
@@ -100,13 +100,13 @@ def test_bad_data(coco, content, written, tmp_path):
     with pytest.raises(FileNotFoundError, match="DETECTRON2_DATASETS"):
         sets.make([None])
     content["overrides"]["DATASETS.TRAIN"] = ["nowhere"]
-    with pytest.raises(ConfigError, match="DATASETS.TRAIN: no dataset is called 'nowhere'"):
+    with pytest.raises(ConfigError, match="DATASETS.TRAIN: no data set is called 'nowhere'"):
         detection(content, written, tmp_path / "out").train_set(None)
 
 
 @pytest.fixture
 def classification(tmp_path, written, request, monkeypatch):
-    """A study of 24 + 8 pictures in 2 classes and 2 domains."""
+    """Return a study of 24 + 8 pictures in 2 classes and 2 domains."""
     rng = np.random.default_rng(0)
     for part, number in (("train", 24), ("val", 8)):
         for i in range(number):
@@ -156,7 +156,7 @@ def test_classification_sets(classification, tmp_path):
 
 
 def test_fewer_corrupted_pictures_than_classes(classification):
-    with pytest.raises(ConfigError, match="images: is 1; allowed: 0, or .* classes, 2, or more"):
+    with pytest.raises(ConfigError, match="images: is 1; allowed: 0, or at least .* classes, 2"):
         classification(evaluate={"corruptions": {"images": 1}}).make([None])
 
 
@@ -170,5 +170,5 @@ def test_a_folder_without_pictures(classification, tmp_path):
 def test_names_without_domains(classification, tmp_path):
     for path in (tmp_path / "val").rglob("*plain.png"):
         path.rename(path.with_name(path.name.replace("plain", "other")))
-    with pytest.raises(DataError, match="the name of .*other.png tells no domain"):
+    with pytest.raises(DataError, match="the name of .*other.png has no domain"):
         classification(evaluate={"domains": True}).make([None])

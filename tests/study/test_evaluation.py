@@ -1,4 +1,4 @@
-"""The metrics of a run from its files, against coco_ap and by hand."""
+"""The metrics of a run's files, against coco_ap and by hand."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from refbn_d2.utils.errors import DataError
 
 
 def detections(json_file, jitter, seed=0):
-    """Noisy copies of the objects, with some that are missed."""
+    """Return noisy copies of the objects, with some missing."""
     rng = np.random.default_rng(seed)
     found = []
     for annotation in json.loads(json_file.read_text())["annotations"]:
@@ -29,7 +29,7 @@ def detections(json_file, jitter, seed=0):
 
 
 def leave(job, sets, jitter, seed=0):
-    """What a run leaves in its folder."""
+    """Write the files of a run into its folder."""
     lines = [{"iteration": 19 + 20 * i, "total_loss": 3 - i, "time": 0.5} for i in range(3)]
     folder = job.folder
     (folder / "inference").mkdir(parents=True)

@@ -15,7 +15,7 @@ TOOL = ROOT / "tools/measure_generalization.py"
 
 
 def measure(*arguments, **environment):
-    """Run the tool; its exit code, stdout and stderr."""
+    """Run the tool; return its exit code, stdout and stderr."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(TOOL), *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -46,7 +46,7 @@ def test_an_error_is_one_line(coco, content, written):
 
 @pytest.mark.slow
 def test_the_smoke_study(tmp_path):
-    """All of it; then again, when nothing is left to do; then refused for another study."""
+    """The study runs; a second call has nothing to do; another study is refused."""
     smoke = ROOT / "configs/studies/smoke.yaml"
     out = tmp_path / "out"
     code, _, err = measure("--study", smoke, "--output-dir", out, "--jobs", 2)
@@ -62,7 +62,7 @@ def test_the_smoke_study(tmp_path):
     assert json.loads((out / "results.json").read_text())["study"] == "smoke"
     assert "data:image/png;base64," in (out / "report.html").read_text()
     code, _, err = measure("--study", smoke, "--output-dir", out)
-    assert code == 0 and "4 done before, 0 to run" in err
+    assert code == 0 and "4 already done, 0 to run" in err
     assert read_csv(out / "results.csv") == rows
     changed = out.parent / "smoke.yaml"
     text = smoke.read_text().replace("BASE_LR: 0.01", "BASE_LR: 0.02")

@@ -20,7 +20,7 @@ def plan_of(path, folder="out"):
 
 
 def merged(stage):
-    """The config that a stage's command makes."""
+    """Return the config that a stage's command makes."""
     arguments = list(stage.arguments)
     cfg = get_cfg()
     cfg.merge_from_file(arguments[arguments.index("--config-file") + 1])
@@ -53,7 +53,7 @@ def test_only(coco, content, written):
     for text, message in (
         ("norm=GM", "no norm 'GM'; did you mean 'GN'"),
         ("seed=3", "no seed '3'"),
-        ("what=1", "'what=1' is no norm="),
+        ("what=1", "'what=1' is not allowed; write norm="),
     ):
         with pytest.raises(ConfigError, match=message):
             parse_only(text, plan.study)
@@ -103,7 +103,10 @@ def test_what_a_recipe_holds(coco, content, written):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ({"MODEL.RESNETS.NORM": "RefBM"}, r"RESNETS.NORM = 'RefBM' is no known norm.*mean 'RefBN'"),
+        (
+            {"MODEL.RESNETS.NORM": "RefBM"},
+            r"RESNETS.NORM = 'RefBM' is not a known norm.*mean 'RefBN'",
+        ),
         ({"SOLVER.BASE_RL": 1}, r"SOLVER.BASE_RL: no such key; did you mean SOLVER.BASE_LR"),
         ({"MODEL.REFBN.REFRESH": "never"}, r"MODEL.REFBN.REFRESH = 'never'"),
     ],

@@ -1,4 +1,4 @@
-"""The pages that are made of results."""
+"""The pages made from results."""
 
 import html as html_module
 import math
@@ -53,7 +53,7 @@ def test_html_is_one_file_with_everything(rows):
 
 
 def test_the_page_of_committed_results_is_up_to_date():
-    """docs/results.md is what the command in it makes."""
+    """docs/results.md is what the command in it writes."""
     files = sorted((ROOT / "docs/results").glob("*.csv"))
     assert (ROOT / "docs/results.md").read_text() == results_page(files)
 

@@ -1,4 +1,4 @@
-"""Jobs in processes: done once, resumed, diverged, failed, stopped, refused."""
+"""Jobs in processes: done only once, resumed, diverged, failed, stopped, refused."""
 
 import json
 import os
@@ -36,7 +36,7 @@ if what == "fail":
 
 @pytest.fixture(autouse=True)
 def fake(tmp_path, monkeypatch):
-    """A module that behaves as its last argument but one says."""
+    """Make a module that behaves as its second to last argument says."""
     (tmp_path / "fake.py").write_text(FAKE)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", path)
@@ -65,8 +65,8 @@ def test_what_is_done_is_not_done_again(tmp_path, capfd):
     assert not (jobs[0].folder / "model_0000001.pth").exists()
     assert (jobs[0].folder / "model_final.pth").exists()
     err = capfd.readouterr().err
-    assert "2 jobs: 0 done before, 2 to run, 2 at a time" in err
-    assert "2 jobs: 2 done before, 0 to run" in err and "[2/2] run/" in err
+    assert "2 jobs: 0 already done, 2 to run, 2 at a time" in err
+    assert "2 jobs: 2 already done, 0 to run" in err and "[2/2] run/" in err
 
 
 def test_diverged_and_failed_do_not_stop_the_others(tmp_path, capfd):
@@ -83,7 +83,7 @@ def test_diverged_and_failed_do_not_stop_the_others(tmp_path, capfd):
     assert "pretrain/p failed" in records[1].content["error"]
     assert len(said(jobs[2])) == 1 and not (jobs[1].folder / "said").exists()
     assert "1 diverged, 2 failed" in capfd.readouterr().err
-    Runner(jobs, 1).run()  # what failed is tried again; what diverged stays
+    Runner(jobs, 1).run()  # failed jobs run again; diverged ones do not
     assert len(said(jobs[0])) == 2 and len(said(jobs[2])) == 1
 
 

@@ -1,4 +1,4 @@
-"""What a study file may hold, and what its errors say."""
+"""Study files that are allowed, and the errors for others."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Means, intervals and differences against numpy and scipy; what is lost is said."""
+"""Means, intervals and differences against numpy and scipy; lost runs are counted."""
 
 import math
 
@@ -59,7 +59,7 @@ def test_runs_without_a_value_stay(rows):
     assert shown(table.cells["BN", "c"]).endswith("(n 4), 1 diverged")
     assert shown(table.cells["B", "c"]) == "1 failed"
     other = table_of(rows + lost + [row("BN", 0, 3, "bbox/mPC")], "bbox/mPC", "BN")
-    assert shown(other.cells["B", "c"]) == "1 failed"  # a run is lost to every metric
+    assert shown(other.cells["B", "c"]) == "1 failed"  # a failed run counts for every metric
     steps = [row("BN", 1, math.nan, "steps to loss 1", "not reached")]
     cell = table_of(rows + steps, "steps to loss 1", "BN").cells["BN", "c"]
     assert shown(cell) == "1 not reached"

@@ -1,4 +1,4 @@
-"""Each tool, given something that a user can fix, ends with one line that says what."""
+"""Each tool ends with one line for an error that a user can fix."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Run a tool as `__main__`; what it ends with, which Python prints on stderr."""
+    """Return a function that runs a tool as `__main__` and returns its exit message."""
 
     def run(tool, *arguments):
         monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
@@ -46,7 +46,7 @@ def test_quickstart(failing, tmp_path):
     step = {"command": ["-m", "other"], "seconds": 1.0, "done": True, "output": ""}
     (tmp_path / "steps.json").write_text(json.dumps({"detection": step}))
     line = failing("tools/quickstart", "--output-dir", tmp_path)
-    assert line.startswith("ConfigError: ") and "quickstart of other commands" in line
+    assert line.startswith("ConfigError: ") and "quickstart with other commands" in line
 
 
 @pytest.mark.skipif(importlib.util.find_spec("detectron2") is not None, reason="it is installed")
@@ -58,7 +58,7 @@ def test_without_detectron2(failing, tmp_path, tool):
 
 
 def test_two_workers_say_it_once(tmp_path):
-    """The parent process speaks for its workers, whose tracebacks are in log.txt."""
+    """The parent process prints the error; the workers' tracebacks are in log.txt."""
     pytest.importorskip("timm")
     data = make_classification(tmp_path / "data", size=32, num_train=24, num_val=12)
     command = [

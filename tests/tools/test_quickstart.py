@@ -22,7 +22,7 @@ NO_CHANGES = {"pretrain": [], "finetune": []}
 
 @pytest.fixture
 def script(tmp_path):
-    """Makes a script: it adds its arguments to `said`, and then does `code`."""
+    """Return a function that writes a script: it adds its arguments to `said`, then runs `code`."""
 
     def make(name, code="", **fields):
         path = tmp_path / f"{name}.py"
@@ -85,23 +85,23 @@ def test_other_commands_are_refused(tmp_path, script):
 
 def test_a_record_that_is_none(tmp_path, script):
     (tmp_path / "steps.json").write_text('{"training": ')
-    with pytest.raises(ValueError, match=r"steps\.json is no record"):
+    with pytest.raises(ValueError, match=r"steps\.json is not a record"):
         run(tmp_path, [script("training")])
 
 
 def test_estimate(tmp_path, script):
-    """A minute for each share of the three that are done, so two minutes for the last two."""
+    """Three shares took a minute each, so the last two take two minutes."""
     todo = [Step(name, "", "", (name,), share) for name, share in {"a": 1, "b": 3, "c": 2}.items()]
     record = Record(tmp_path / "steps.json")
     record.note(todo[0], 60.0, True, "")
-    assert record.estimate(todo) == ""  # too early to tell
+    assert record.estimate(todo) == ""  # too early
     record.note(todo[1], 180.0, True, "")
     assert record.estimate(todo) == " (about 2 min left)"
 
 
 @pytest.mark.parametrize("stop, code", [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
 def test_stopped_from_outside(tmp_path, script, stop, code):
-    """The step is told to stop too, may finish what it is at, and is not called done."""
+    """The step is stopped too, may finish its work, and is not recorded as done."""
     waits = (
         "import signal, time\nfrom pathlib import Path\ndef end(*_): Path(sys.argv[0] + '.saved')"
         ".write_text(''); sys.exit(1)\nsignal.signal(signal.SIGTERM, end)\n"
@@ -123,7 +123,7 @@ def test_stopped_from_outside(tmp_path, script, stop, code):
     while not up.exists():
         assert parent.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    if stop == signal.SIGINT:  # as a terminal sends it
+    if stop == signal.SIGINT:  # a terminal sends it to all processes
         os.killpg(parent.pid, stop)
     else:
         parent.send_signal(stop)
@@ -180,7 +180,7 @@ def test_changes_stand_behind_the_rest():
 
 @pytest.fixture
 def measured(tmp_path):
-    """A folder as a run leaves it, with numbers that tell which is which."""
+    """Write the folder of a run, with numbers that identify their source."""
     todo, record = steps("output/q", NO_CHANGES), Record(tmp_path / "steps.json")
     for number, step in enumerate(todo):
         record.note(step, 60.0 * number, True, "res5  largest difference 1.5e-06 & <less>\n")
@@ -235,8 +235,10 @@ def test_report_needs_no_other_file(measured):
 
 @pytest.mark.slow
 def test_the_tool_from_end_to_end(tmp_path):
-    """Killed in the middle of a fine-tuning and started again; tiny, and otherwise all of it."""
-    out = tmp_path / "out"  # joined to the checkout's root, an absolute path stays itself
+    """The whole quickstart with tiny data, killed during a fine-tuning and started again."""
+    out = (
+        tmp_path / "out"
+    )  # an absolute path stays the same when it is joined to the checkout's root
     command = [
         sys.executable, "tools/quickstart", "--output-dir", str(out),
         "--pretrain", "SOLVER.EPOCHS 1 INPUT.SIZE 32 INPUT.SIZE_TEST 32 SOLVER.IMS_PER_BATCH 512",

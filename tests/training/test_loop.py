@@ -1,4 +1,4 @@
-"""The loop on a model of one weight: what it does in which order, and where it stops."""
+"""The training loop on a model with one weight: the order of its work, and its end."""
 
 import json
 import math
@@ -80,7 +80,7 @@ def test_a_finished_run_is_only_evaluated(tmp_path):
 
 @pytest.mark.parametrize("eval_period, saved", [(3, "model_0000002.pth"), (0, "model_final.pth")])
 def test_an_evaluation_that_fails_loses_nothing(tmp_path, monkeypatch, eval_period, saved):
-    """At EVAL_PERIOD and at the end: the weights of that very step are in the checkpoint."""
+    """At EVAL_PERIOD and at the end, the checkpoint has the weights of that step."""
     monkeypatch.setattr(Toy, "evaluate", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Toy(tmp_path / "out", eval_period=eval_period).train()
@@ -92,7 +92,7 @@ def test_an_evaluation_that_fails_loses_nothing(tmp_path, monkeypatch, eval_peri
 
 
 def infinite_gradient(self, iteration, loss):
-    """The loss stays finite; at iteration 3 its derivative is that of a root at 0."""
+    """Return a finite loss whose derivative at iteration 3 is that of a square root at 0."""
     return loss + (loss - loss.detach()).sqrt() if iteration == 3 else loss
 
 
@@ -108,7 +108,7 @@ def test_an_infinite_gradient_of_a_finite_loss_stops_before_the_weights_change(
 
 
 def test_a_gradient_scaler_leaves_out_a_step_that_overflows(tmp_path, monkeypatch):
-    """As float16 does in its first steps, until the scale fits: no reason to stop."""
+    """float16 overflows in its first steps, until the scale fits; the run must not stop."""
     monkeypatch.setattr(Toy, "loss", infinite_gradient)
     toy = Toy(tmp_path / "out", scaler=True)
     toy.train()
@@ -116,7 +116,7 @@ def test_a_gradient_scaler_leaves_out_a_step_that_overflows(tmp_path, monkeypatc
 
 
 def nan_on_worker_1(output_dir):
-    """In each of two workers; step 3 ends with a checkpoint."""
+    """Run in two workers; step 3 ends with a checkpoint."""
 
     def loss(self, iteration, loss):
         return loss * math.nan if iteration == 3 and distributed.rank() == 1 else loss
@@ -126,12 +126,12 @@ def nan_on_worker_1(output_dir):
         Toy(output_dir, checkpoint_period=2).train()
     except DivergedError:
         if distributed.rank() == 1:
-            time.sleep(2)  # worker 0 is not to be ended before it could write a checkpoint
+            time.sleep(2)  # give worker 0 the time to write a checkpoint
         raise
 
 
 def test_nan_on_worker_1_stops_worker_0_before_it_writes_weights(tmp_path):
-    """Both raise; the last good checkpoint stays the last."""
+    """Both raise, and the last good checkpoint stays the last one."""
     with pytest.raises(DivergedError, match="at iteration 3: .*model_0000001.pth"):
         distributed.launch(nan_on_worker_1, 2, 1, 0, "auto", "cpu", (tmp_path / "out",))
     out = tmp_path / "out"

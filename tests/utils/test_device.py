@@ -24,7 +24,7 @@ print(before, new_pages())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's mallopt")
 def test_freed_memory_is_kept():
-    """48 MiB are more than glibc would keep of itself (32), and get new pages every time."""
+    """48 MiB are more than glibc keeps by default (32), so they would get new pages every time."""
     done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert after < 100 < before

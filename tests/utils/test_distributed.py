@@ -1,4 +1,4 @@
-"""What the parent process says when one of its workers fails."""
+"""The error of the parent process after one of its workers fails."""
 
 import signal
 
@@ -17,7 +17,7 @@ def fail_on_worker_1(error):
     distributed.barrier()
     if distributed.rank() == 1:
         raise error
-    distributed.barrier()  # worker 0 waits for one that is gone
+    distributed.barrier()  # worker 0 waits for a worker that has ended
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,11 @@ def test_an_exit_code_is_passed_on():
 
 @pytest.mark.parametrize(
     "workers, machines, device, message",
-    [(0, 1, "cpu", "--num-gpus 0"), (2, 2, "cpu", "--dist-url auto"), (999, 1, "cuda", "has ")],
+    [
+        (0, 1, "cpu", "--num-gpus 0"),
+        (2, 2, "cpu", "--dist-url auto"),
+        (999, 1, "cuda", "--num-gpus 999; allowed: up to"),
+    ],
 )
 def test_workers_that_cannot_be(workers, machines, device, message):
     with pytest.raises(ConfigError, match=message):

@@ -8,7 +8,7 @@ from refbn_d2.utils.file_io import remove_unfinished, write_text
 
 
 def test_what_a_killed_run_was_writing_is_removed(tmp_path):
-    """By a process that is killed in the middle of a file, really."""
+    """A real process is killed in the middle of a file."""
     code = """
 import os, sys
 from refbn_d2.utils.file_io import written_whole

@@ -1,4 +1,4 @@
-"""The steps of the quickstart: data, pretraining, conversion, fine-tuning, and a report.
+"""Run the steps of the quickstart: data, pretraining, conversion, fine-tuning, and a report.
 
 Each step is a command that a user could type. `steps.json` in the output folder records which steps
 are done, so that an interrupted run resumes.
@@ -28,15 +28,15 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 @dataclass(frozen=True)
 class Step:
-    """A command, its purpose, and its share of the time (1: that of the shortest step)."""
+    """A command, its purpose, and its time relative to that of the shortest step."""
 
     name: str
     title: str
     text: str
     command: tuple[str, ...]
     share: float
-    leaves: str = ""  # a file that exists, complete, once the step is done
-    output_dir: str = ""  # of a training, which `--resume` continues
+    leaves: str = ""  # a file that exists, complete, after the step
+    output_dir: str = ""  # the folder of a training, which `--resume` continues
 
 
 def steps(out: str, changes: dict[str, list[str]]) -> list[Step]:
@@ -139,7 +139,7 @@ def run(folder: Path, todo: list[Step]) -> "Record":
 
     Raises:
         ChildProcessError: a step failed; names its command.
-        ConfigError: `folder` holds steps of other commands.
+        ConfigError: `folder` holds a quickstart with other commands.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     record = Record(folder / "steps.json")
@@ -153,10 +153,10 @@ def run(folder: Path, todo: list[Step]) -> "Record":
 
 
 class Record:
-    """steps.json: {name: {"command", "seconds", "done", "output"}}, written after every step.
+    """A steps.json: {name: {"command", "seconds", "done", "output"}}, written after every step.
 
     Raises:
-        DataError: the file is no such record.
+        DataError: the file is not such a record.
     """
 
     def __init__(self, path: Path) -> None:
@@ -166,14 +166,18 @@ class Record:
             try:
                 self.steps = json.loads(path.read_text())
             except ValueError as error:
-                raise DataError(f"{path} is no record of a quickstart: {error}") from error
+                raise DataError(
+                    f"{path} is not a record of a quickstart ({error}): delete it, or give "
+                    "--output-dir"
+                ) from error
 
     def check(self, todo: Iterable[Step]) -> None:
         for step in todo:
             before = self.steps.get(step.name, {}).get("command", list(step.command))
             if before != list(step.command):
                 raise ConfigError(
-                    f"{self.path.parent} holds a quickstart of other commands ({shlex.join(before)}"
+                    f"{self.path.parent} holds a quickstart with other commands "
+                    f"({shlex.join(before)}"
                     f" there, {shlex.join(step.command)} now): move it away, or give --output-dir."
                 )
 
@@ -191,10 +195,10 @@ class Record:
         write_text(self.path, json.dumps(self.steps, indent=1))
 
     def estimate(self, todo: list[Step]) -> str:
-        """Return " (about N min left)" by the pace so far; "" if it is too early to say."""
+        """Return " (about N min left)", by the pace so far; "" if it is too early to say."""
         done = [step for step in todo if self.is_done(step)]
         shares = sum(step.share for step in done)
-        if shares < 3:  # too early for an estimate
+        if shares < 3:  # too early
             return ""
         pace = sum(self.steps[step.name]["seconds"] for step in done) / shares
         left = pace * sum(step.share for step in todo if not self.is_done(step))
@@ -206,7 +210,7 @@ def _do(step: Step, record: Record) -> None:
     if step.output_dir and (ROOT / step.output_dir / "last_checkpoint").exists():
         command.insert(1, "--resume")
     print(f"$ {_typed(command)}", flush=True)
-    if step.leaves and (ROOT / step.leaves).exists():  # killed after its last write
+    if step.leaves and (ROOT / step.leaves).exists():  # it was killed after its last write
         record.note(step, 0.0, True, "")
         return
     start = time.time()
@@ -233,7 +237,7 @@ def _call(command: list[str]) -> tuple[int, str]:
             print(line, end="", flush=True)
             lines.append(line)
         return process.wait(), "".join(lines)
-    except BaseException as error:  # so that the child writes a checkpoint
+    except BaseException as error:  # stop the child, which then writes a checkpoint
         if not isinstance(error, KeyboardInterrupt):
             process.terminate()
         process.communicate()
@@ -251,7 +255,7 @@ PRETRAINED = {"pretrain_refbn": "RefBN", "pretrain_bn": "BN"}
 
 
 def write_report(folder: Path, todo: list[Step], record: Record) -> Path:
-    """Write report.html, a single file with its pictures, from what `folder` holds."""
+    """Write report.html from the files in `folder`: a single file with its pictures."""
     compare_curves(
         {label: folder / name / "metrics.json" for name, label in PRETRAINED.items()},
         {"total_loss": "Pretraining: loss", "val/top1": "Pretraining: top-1 (%)"},

@@ -1,4 +1,4 @@
-"""The engine that drives Detectron2 itself."""
+"""Run a detector's config by Detectron2."""
 
 from refbn_d2.engines.detectron2.trainer import run
 

@@ -1,11 +1,12 @@
-"""Detectron2's LazyConfig: what its `tools/lazyconfig_train_net.py` does, and what we add.
+"""Train a LazyConfig, as Detectron2's `tools/lazyconfig_train_net.py` does, with additions.
 
-That script, unmodified, trains RefBN with the defaults (`refbn_d2.env`). Here a config may hold
+That script, unmodified, trains RefBN with the defaults (`refbn_d2.env`). Here a config may also
+hold the options of MODEL.REFBN, with the lower-case names of `RefBNOptions`:
 
-    refbn = dict(refresh="slice", num_images=64)  # of RefBNOptions; MODEL.REFBN in lower case
+    refbn = dict(refresh="slice", num_images=64)
 
-and the run has `curves.png` and `samples.png`, stops at weights that do not fit, and trains on the
-CPU where there is no GPU.
+The run also draws `curves.png` and `samples.png`, stops if weights do not fit, and uses the CPU if
+there is no GPU.
 """
 
 import argparse
@@ -49,11 +50,11 @@ logger = logging.getLogger(__name__)
 
 
 def run(args: argparse.Namespace) -> None:
-    """What `tools/lazyconfig_train_net.py` does; see its `--help` for `args`.
+    """Do what `tools/lazyconfig_train_net.py` does; see its `--help` for `args`.
 
     Raises:
-        ConfigError: `refbn` holds what is no option, or is out of range.
-        FileExistsError: train.output_dir holds a run, and it is not to be resumed.
+        ConfigError: `refbn` has an unknown option, or a value that is not allowed.
+        FileExistsError: train.output_dir holds a run, and --resume is not given.
     """
     cfg = _config(args.config_file, tuple(args.opts))
     _options(cfg)
@@ -63,18 +64,18 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-@functools.cache  # read again in a spawned worker: a config is a program, and may register data
+@functools.cache  # spawned workers read the config again: it is a program, and may register data
 def _config(file: str, overrides: tuple[str, ...]) -> DictConfig:
     cfg = LazyConfig.apply_overrides(LazyConfig.load(file), list(overrides))
     cfg.train.device = resolve_device(cfg.train.device)
     if cfg.train.amp.enabled and cfg.train.device == "cpu":
-        logger.warning("train.amp: Detectron2 has it on CUDA alone; training in float32.")
+        logger.warning("train.amp needs CUDA in Detectron2: training in float32 on the CPU.")
         cfg.train.amp.enabled = False
     return cfg
 
 
 def _options(cfg: DictConfig) -> RefBNOptions | None:
-    """`refbn`, where there is one; the layers keep their own of what it does not set of theirs."""
+    """Return the options in `refbn`, or None; layers keep their values of options not in it."""
     if "refbn" not in cfg:
         return None
     try:
@@ -82,11 +83,11 @@ def _options(cfg: DictConfig) -> RefBNOptions | None:
         return RefBNOptions(**layers_own | OmegaConf.to_container(cfg.refbn))
     except TypeError as error:
         known = ", ".join(field.name for field in fields(RefBNOptions))
-        raise ConfigError(f"refbn = {cfg.refbn}: {error}. Its options: {known}.") from error
+        raise ConfigError(f"refbn = {cfg.refbn}: {error}. Known options: {known}.") from error
 
 
 def _main(args: argparse.Namespace) -> None:
-    """In every worker."""
+    """Run in every worker."""
     cfg = _config(args.config_file, tuple(args.opts))
     join_workers(cfg.train.device, args)
     if not (args.resume or args.eval_only):
@@ -121,7 +122,7 @@ def _train(cfg: DictConfig, args: argparse.Namespace, model: nn.Module) -> None:
     if has_refbn(model):
         used.append(ReferenceBatchHook(_options(cfg)))
     if comm.is_main_process():
-        # Saved before an evaluation that may fail; written behind it, with its results.
+        # The checkpoint comes before the evaluation, which may fail. The writers come after it.
         used.insert(2, hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer))
         writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
         used.append(hooks.PeriodicWriter(writers, period=cfg.train.log_period))
@@ -139,7 +140,7 @@ def _evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:
     test = cfg.dataloader.test
     results = inference_on_dataset(model, instantiate(test), instantiate(cfg.dataloader.evaluator))
     print_csv_format(results)
-    names = test.dataset.get("names")  # of get_detection_dataset_dicts
+    names = test.dataset.get("names")  # an argument of get_detection_dataset_dicts
     if names and comm.is_main_process():
         name = names if isinstance(names, str) else names[0]
         draw_predictions(unwrapped(model), name, instantiate(test.mapper), cfg.train.output_dir)

@@ -1,8 +1,8 @@
-"""The engine that drives Detectron2 itself: its DefaultTrainer, with this package's outputs.
+"""Run a detector's config by Detectron2's DefaultTrainer, with this package's outputs.
 
-Beside what Detectron2's own `tools/train_net.py` does: RefBN and its reference batch,
-DATASETS.REGISTER, `curves.png` and `samples.png`, weights that do not fit stop the run, and the CPU
-where there is no GPU.
+This adds to Detectron2's `tools/train_net.py`: RefBN and its reference batch, DATASETS.REGISTER,
+`curves.png` and `samples.png`. A run stops if weights do not fit, and uses the CPU if there is no
+GPU.
 """
 
 import argparse
@@ -59,10 +59,10 @@ plugin.register()  # in spawned workers too
 
 
 def run(args: argparse.Namespace) -> None:
-    """What `tools/train_net.py` does on this engine; see its `--help` for `args`.
+    """Do what `tools/train_net.py` does on this engine; see its `--help` for `args`.
 
     Raises:
-        ConfigError: a key that Detectron2 does not know, or a value of another type.
+        ConfigError: a key that Detectron2 does not know, or a value of the wrong type.
     """
     cfg = _config(args)
     launch(
@@ -80,18 +80,18 @@ def _config(args: argparse.Namespace) -> CfgNode:
         raise ConfigError(f"{args.config_file}, overridden by {args.opts}: {error}") from error
     cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
     if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
-        logger.warning("SOLVER.AMP: Detectron2 has it on CUDA alone; training in float32.")
+        logger.warning("SOLVER.AMP needs CUDA in Detectron2: training in float32 on the CPU.")
         cfg.SOLVER.AMP.ENABLED = False
     cfg.freeze()
     return cfg
 
 
 def _main(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """In every worker."""
+    """Run in every worker."""
     join_workers(cfg.MODEL.DEVICE, args)
     if not args.eval_only:
         check_output_dir(cfg, args.resume, FREE_IN_DETECTION)
-    comm.synchronize()  # all have read the old config.yaml
+    comm.synchronize()  # so that all workers have read the old config.yaml
     default_setup(cfg, args)
     setup_log(cfg.OUTPUT_DIR)
     if args.eval_only:
@@ -112,7 +112,7 @@ def _main(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 @contextmanager
 def divergence(output_dir: str) -> Iterator[None]:
-    """Turn Detectron2's FloatingPointError of a training that diverged into a user's error.
+    """Turn the FloatingPointError that Detectron2 raises if training diverges into a RefBNError.
 
     Raises:
         DivergedError: instead of FloatingPointError; also says what to do.
@@ -128,16 +128,16 @@ def divergence(output_dir: str) -> Iterator[None]:
 
 
 def join_workers(device: str, args: argparse.Namespace) -> None:
-    """What Detectron2's `launch` does in a worker, beyond ours."""
+    """Do what Detectron2's `launch` does in a worker and `utils.distributed.launch` does not."""
     if comm.get_world_size() == 1:
         return
     comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", args.num_gpus)))
-    if device == "cpu":  # DistributedDataParallel takes no device_ids there; Detectron2 gives some
+    if device == "cpu":  # DistributedDataParallel refuses the device_ids that Detectron2 passes
         defaults.create_ddp_model = functools.partial(defaults.create_ddp_model, device_ids=None)
 
 
 def setup_log(output_dir: str) -> None:
-    """This package's log beside Detectron2's; a traceback of a user's error in log.txt alone."""
+    """Log this package like Detectron2; tracebacks of user errors go only to log.txt."""
     for handler in setup_logger(output_dir, comm.get_rank(), name="refbn_d2").handlers:
         if getattr(handler, "stream", None) is sys.stdout:
             handler.setLevel(logging.INFO)
@@ -151,13 +151,14 @@ class Trainer(DefaultTrainer):
         super().__init__(cfg)
 
     def build_hooks(self) -> list[hooks.HookBase]:
-        """DefaultTrainer's, around our checkpointer, and the curves."""
+        """Return DefaultTrainer's hooks, with this package's checkpointer and curves."""
         self.checkpointer = Checkpointer(
             self.model, self.cfg.OUTPUT_DIR, self.allow_partial_weights, trainer=weakref.proxy(self)
         )
         built = super().build_hooks()
         if self.cfg.TEST.AUG.ENABLED:
-            # Behind the evaluation on every worker: worker 0 alone has hooks that write, later on.
+            # On every worker, right after the evaluation. Only worker 0 has the hooks that write;
+            # they come later.
             evaluation = [type(hook) for hook in built].index(hooks.EvalHook)
             augmented = hooks.EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))
             built.insert(evaluation + 1, augmented)
@@ -168,7 +169,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
         folder = output_folder or f"{cfg.OUTPUT_DIR}/inference"
-        if len(cfg.DATASETS.TEST) > 1:  # each keeps its files, as on the other engine
+        if len(cfg.DATASETS.TEST) > 1:  # a folder each, as on the torchvision engine
             folder = f"{folder}/{dataset_name}"
         return build_evaluator(dataset_name, folder)
 
@@ -176,7 +177,7 @@ class Trainer(DefaultTrainer):
     def test(
         cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None
     ) -> dict:
-        """As DefaultTrainer's; draws pictures of the first data set."""
+        """Evaluate as DefaultTrainer does, and draw pictures of the first data set."""
         results = super().test(cfg, model, evaluators)
         if comm.is_main_process() and evaluators is None and cfg.DATASETS.TEST:
             mapper = DatasetMapper(cfg, is_train=False)
@@ -185,7 +186,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict:
-        """Results with test-time augmentation, "_TTA" behind each task's name."""
+        """Return results with test-time augmentation, with "_TTA" after each task's name."""
         folder = f"{cfg.OUTPUT_DIR}/inference_TTA"
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, unwrapped(model)), evaluators)
@@ -193,10 +194,10 @@ class Trainer(DefaultTrainer):
 
 
 def build_evaluator(dataset_name: str, output_folder: str) -> DatasetEvaluator:
-    """The evaluator of a data set's type, as in Detectron2's own script.
+    """Return the evaluator for a data set's type, as Detectron2's script does.
 
     Raises:
-        ConfigError: there is none for this type; names it.
+        ConfigError: there is no evaluator for this type; names it.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     semantic = functools.partial(SemSegEvaluator, output_dir=output_folder)
@@ -213,17 +214,18 @@ def build_evaluator(dataset_name: str, output_folder: str) -> DatasetEvaluator:
     }
     if kind not in by_kind:
         raise ConfigError(
-            f"There is no evaluator for data set {dataset_name} of evaluator_type {kind!r}; known: "
-            f"{', '.join(by_kind)}. Set it with MetadataCatalog, or leave it out of DATASETS.TEST."
+            f"There is no evaluator for data set {dataset_name} of evaluator_type {kind!r}; "
+            f"allowed: {', '.join(by_kind)}. Set the type with MetadataCatalog, or remove the data "
+            "set from DATASETS.TEST."
         )
     evaluators = [build(dataset_name) for build in by_kind[kind]]
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
 
 class Checkpointer(DetectionCheckpointer):
-    """DetectionCheckpointer that takes torchvision's and timm's ResNets, and fails loudly.
+    """A DetectionCheckpointer that also takes torchvision's and timm's ResNets, and fails loudly.
 
-    `checkpoint.loading.load_weights` says what fits, and raises if under 95 % of a backbone does.
+    `checkpoint.loading.load_weights` reports what fits, and raises if under 95 % of it does.
     """
 
     def __init__(
@@ -233,25 +235,27 @@ class Checkpointer(DetectionCheckpointer):
         self.allow_partial = allow_partial
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
-        """As DetectionCheckpointer's; `path` may end in "?key=KEY", as in `checkpoint.source`.
+        """Load as DetectionCheckpointer does; `path` may end in "?key=KEY" (`checkpoint.source`).
 
         Raises:
-            FileNotFoundError: worker 0 has no such file.
-            CheckpointError: it cannot be read, does not fit the model, or is to be resumed and
-                belongs to another program's run.
+            FileNotFoundError: there is no such file on worker 0.
+            CheckpointError: the file cannot be read, does not fit the model, or cannot be resumed
+                because another program wrote it.
         """
         self._asked = parse_source(path or "")
         file = self._asked.file
         if file and not self._asked.is_url and comm.is_main_process() and not os.path.isfile(file):
-            raise FileNotFoundError(f"{file}: there is no such checkpoint file (MODEL.WEIGHTS).")
+            raise FileNotFoundError(
+                f"{file}: there is no such checkpoint file. Check the path in MODEL.WEIGHTS."
+            )
         self._needed = self.checkpointables if checkpointables is None else checkpointables
         try:
             return super().load(file, checkpointables)
-        finally:  # Detectron2 does so itself where nothing was raised
+        finally:  # Detectron2 resets it only if nothing is raised
             self._parsed_url_during_load = None
 
     def _load_file(self, filename: str) -> dict:
-        """Never Detectron2's own, which runs the code in a .pkl."""
+        """Read a file without Detectron2's reader, which runs the code in a .pkl."""
         self._source = filename
         of_pycls = filename.endswith(".pyth")
         key = self._asked.key or ("model_state" if of_pycls else None)
@@ -274,7 +278,7 @@ class Checkpointer(DetectionCheckpointer):
 
 
 def _with_statistics(state: dict) -> dict:
-    """Caffe2's norms have weight and bias alone: their running statistics are folded in."""
+    """Add running statistics of 0 and 1 to Caffe2's norms, whose statistics are folded in."""
     for name in [name for name in state if name.endswith("norm.weight")]:
         layer = name.removesuffix("weight")
         state.setdefault(f"{layer}running_mean", torch.zeros_like(state[name]))
@@ -283,7 +287,7 @@ def _with_statistics(state: dict) -> dict:
 
 
 class Curves(hooks.HookBase):
-    """Draws curves.png out of metrics.json, where Detectron2's EvalHook has evaluated."""
+    """Draw curves.png from metrics.json after each evaluation."""
 
     def __init__(self, output_dir: str, period: int) -> None:
         self.folder, self.period = Path(output_dir), period
@@ -302,9 +306,9 @@ class Curves(hooks.HookBase):
 def draw_predictions(
     model: nn.Module, dataset_name: str, mapper: Callable[[dict], dict], output_dir: str
 ) -> None:
-    """samples.png: the first images of a test set, predictions beside the ground truth.
+    """Draw samples.png: the first test images, with predictions next to the ground truth.
 
-    Nothing is drawn of data without annotations, nor of a model without instances.
+    Draw nothing if the data has no annotations, or the model predicts no instances.
     """
     shown = DatasetCatalog.get(dataset_name)[:SAMPLES_SHOWN]
     dicts = [_boxes_as_coco_has_them(d) for d in shown if "annotations" in d]

@@ -1,4 +1,4 @@
-"""The engine for machines without Detectron2: its numerics and names on torchvision's operators."""
+"""Run detectors without Detectron2: its numerics and names, on torchvision's operators."""
 
 from refbn_d2.engines.torchvision.main import run
 

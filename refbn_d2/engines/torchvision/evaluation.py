@@ -1,4 +1,4 @@
-"""Evaluation of a detector on DATASETS.TEST."""
+"""Evaluate a detector on DATASETS.TEST."""
 
 import json
 import logging
@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Run a model over DATASETS.TEST; write detections and pictures into `output_dir`.
+    """Run a model over DATASETS.TEST, and write detections and pictures into `output_dir`.
 
     Raises:
-        ConfigError, DataError, FileNotFoundError: a test set cannot be used. All are read here, so
-            that this comes out before a training and not after it.
+        ConfigError, DataError, FileNotFoundError: a test set cannot be used. All test sets are read
+            here, so that errors show before a training and not after it.
     """
 
     def __init__(self, cfg, output_dir: Path) -> None:
@@ -44,7 +44,11 @@ class Evaluator:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "coco_instances_results.json", json.dumps(found))
             if not any(d["annotations"] for d in data.dicts):
-                logger.warning("%s has no annotations: %s is written, not scored.", name, folder)
+                logger.warning(
+                    "%s has no annotations: its detections are written to %s, without a score.",
+                    name,
+                    folder,
+                )
                 continue
             tasks = ("bbox", "segm") if self.cfg.MODEL.MASK_ON else ("bbox",)
             result = coco_ap.evaluate(
@@ -57,12 +61,12 @@ class Evaluator:
         return results
 
     def _predict(self, model: nn.Module, data: LoadedDataset) -> tuple[list[dict], list[tuple]]:
-        """Return COCO results and the first images for `draw_samples`.
+        """Return COCO results, and the first images for `draw_samples`.
 
-        The results are those of all workers on worker 0, [] on the others.
+        Worker 0 gets the results of all workers, the others get [].
         """
         workers = distributed.world_size()
-        # No more pixels than one image of Detectron2's usual size has.
+        # A batch has at most as many pixels as one image of Detectron2's usual size.
         batch_size = 800 * 1333 // max(1, self.cfg.INPUT.MAX_SIZE_TEST) ** 2
         batch_size = min(max(batch_size, 1), 16) if self.cfg.INPUT.MIN_SIZE_TEST else 1
         loader = build_test_loader(self.cfg, data.dicts, distributed.rank(), workers, batch_size)

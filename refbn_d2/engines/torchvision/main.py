@@ -1,4 +1,4 @@
-"""The torchvision engine's entry point."""
+"""Run a detector's config by torchvision's operators."""
 
 import argparse
 from functools import partial
@@ -17,7 +17,7 @@ def run(args: argparse.Namespace):
 
     Raises:
         RefBNError, OSError: something that the user can fix.
-        SystemExit: interrupted (128 + signal), or TEST.EXPECTED_RESULTS were not reached (1).
+        SystemExit: interrupted (128 + signal), or TEST.EXPECTED_RESULTS not reached (1).
     """
     cfg = get_cfg()
     cfg.merge_from_file(args.config_file)

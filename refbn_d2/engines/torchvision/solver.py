@@ -1,4 +1,4 @@
-"""Optimizer, learning rate and gradient clipping out of SOLVER.*, as Detectron2 builds them."""
+"""Build the optimizer, learning rate and gradient clipping of SOLVER.*, as Detectron2 does."""
 
 import logging
 from collections import defaultdict
@@ -27,7 +27,10 @@ NORMS = (
 
 
 def build_optimizer(cfg, model: nn.Module) -> torch.optim.SGD:
-    """SGD; WEIGHT_DECAY_NORM for norms, BIAS_LR_FACTOR and WEIGHT_DECAY_BIAS for every bias."""
+    """Return SGD with WEIGHT_DECAY_NORM for norms, and the factors of SOLVER for biases.
+
+    BIAS_LR_FACTOR and WEIGHT_DECAY_BIAS apply to every bias, also to those of norms.
+    """
     solver = cfg.SOLVER
     groups: dict[tuple[float, float], dict[nn.Parameter, None]] = defaultdict(dict)
     seen = set()
@@ -39,7 +42,7 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.SGD:
             lr, decay = solver.BASE_LR, solver.WEIGHT_DECAY
             if isinstance(module, NORMS):
                 decay = solver.WEIGHT_DECAY_NORM
-            if name == "bias":  # a norm's too, as in Detectron2
+            if name == "bias":  # also a norm's, as in Detectron2
                 lr *= solver.BIAS_LR_FACTOR
                 if solver.WEIGHT_DECAY_BIAS is not None:
                     decay = solver.WEIGHT_DECAY_BIAS
@@ -57,9 +60,10 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.SGD:
 
 
 def lr_multiplier(cfg) -> ParamScheduler:
-    """Share of training done, in [0, 1) -> factor on every learning rate.
+    """Return a function: share of the training done, in [0, 1) -> factor of all learning rates.
 
-    WarmupMultiStepLR and WarmupCosineLR: without state, so that a resumed run needs none.
+    It is SOLVER.LR_SCHEDULER_NAME, WarmupMultiStepLR or WarmupCosineLR. It has no state, so a
+    resumed run needs none.
     """
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
@@ -68,7 +72,7 @@ def lr_multiplier(cfg) -> ParamScheduler:
         steps = [step for step in solver.STEPS if step <= solver.MAX_ITER]
         if len(steps) < len(solver.STEPS):
             logger.warning(
-                "SOLVER.STEPS %s beyond SOLVER.MAX_ITER %d are ignored.",
+                "SOLVER.STEPS %s are ignored: they are beyond SOLVER.MAX_ITER %d.",
                 [step for step in solver.STEPS if step > solver.MAX_ITER],
                 solver.MAX_ITER,
             )
@@ -94,7 +98,7 @@ def lr_multiplier(cfg) -> ParamScheduler:
 
 
 def gradient_clipper(cfg) -> Callable[[nn.Module], None]:
-    """SOLVER.CLIP_GRADIENTS as a function; each parameter is clipped by itself."""
+    """Return a function that clips gradients by SOLVER.CLIP_GRADIENTS, each parameter by itself."""
     clip = cfg.SOLVER.CLIP_GRADIENTS
 
     def clip_value(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What the torchvision engine can do of what a Detectron2 config can ask for."""
+"""Check that the torchvision engine supports what a Detectron2 config asks for."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ from refbn_d2.config import ConfigError
 from refbn_d2.config.cfg_node import OTHER_ENGINE
 from refbn_d2.engines.torchvision.modeling.norms import NORMS
 
-# Keys that choose among implementations -> the values that have one here.
+# Key that chooses an implementation -> the values that the torchvision engine implements.
 CHOICES = {
     "VERSION": (2,),
     "FLOAT32_PRECISION": ("",),
@@ -49,19 +49,19 @@ CHOICES = {
     "TEST.AUG.ENABLED": (False,),
 }
 
-# Keys that must be above 0: without steps, checkpoints or a learning rate nothing is trained.
+# Keys that must be above 0: otherwise nothing is trained or saved.
 POSITIVE = ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.BASE_LR")
 
 STAGES = ("stem", "res2", "res3", "res4", "res5")
 
 
 def check_supported(cfg) -> None:
-    """Returns if the torchvision engine can build and train what `cfg` asks for.
+    """Return if the torchvision engine can build and train what `cfg` asks for.
 
     Raises:
-        ConfigError: lists every key with its value, what is supported, and the way out.
+        ConfigError: it cannot; lists each key with its value, what is supported, and what to do.
     """
-    # where a choice is not known here, how its parts fit together is not known either
+    # Whether values fit each other is checked only if all of them are supported.
     problems = list(_unknown_choices(cfg)) or list(_misfits(cfg))
     if problems:
         raise ConfigError(
@@ -75,7 +75,7 @@ def check_supported(cfg) -> None:
 
 
 def value_of(cfg, key: str):
-    """Returns the value of a full key such as "MODEL.RESNETS.DEPTH"."""
+    """Return the value of a full key such as "MODEL.RESNETS.DEPTH"."""
     for part in key.split("."):
         cfg = cfg[part]
     return cfg
@@ -91,7 +91,7 @@ def _unknown_choices(cfg) -> Iterator[tuple[str, str]]:
 
 
 def _misfits(cfg) -> Iterator[tuple[str, str]]:
-    """Yields (key, what is supported) where values do not fit each other."""
+    """Yield (key, what is supported) for values that do not fit each other."""
     model = cfg.MODEL
     stages = list(model.RESNETS.OUT_FEATURES)
     if not stages or not set(stages) <= set(STAGES):
@@ -106,11 +106,11 @@ def _misfits(cfg) -> Iterator[tuple[str, str]]:
         if not levels or not set(levels) <= set(stages) or not _consecutive(levels):
             yield (
                 "MODEL.FPN.IN_FEATURES",
-                f"stages of MODEL.RESNETS.OUT_FEATURES {stages}, each following the one before",
+                f"consecutive stages of MODEL.RESNETS.OUT_FEATURES {stages}",
             )
             return
         if model.RESNETS.RES5_DILATION != 1 and "res5" in levels:
-            yield "MODEL.RESNETS.RES5_DILATION", "1 with FPN, whose strides double"
+            yield "MODEL.RESNETS.RES5_DILATION", "1 with FPN, because its strides double"
         lowest, highest = int(levels[0][-1]), int(levels[-1][-1])
         maps = [f"p{i}" for i in range(lowest, highest + 2)]
     else:
@@ -120,7 +120,7 @@ def _misfits(cfg) -> Iterator[tuple[str, str]]:
         if not names or not set(names) <= set(maps):
             yield f"MODEL.{section}.IN_FEATURES", f"some of the backbone's maps {maps}"
         if len(model[section].IOU_LABELS) != len(model[section].IOU_THRESHOLDS) + 1:
-            yield f"MODEL.{section}.IOU_LABELS", "one more than IOU_THRESHOLDS"
+            yield f"MODEL.{section}.IOU_LABELS", "one label more than there are IOU_THRESHOLDS"
     yield from _heads_misfits(model)
     solver = cfg.SOLVER
     falls = 0 <= solver.BASE_LR_END <= solver.BASE_LR
@@ -137,9 +137,9 @@ def _heads_misfits(model) -> Iterator[tuple[str, str]]:
         if model.ROI_BOX_HEAD.NAME != "FastRCNNConvFCHead":
             yield "MODEL.ROI_BOX_HEAD.NAME", "'FastRCNNConvFCHead' with StandardROIHeads"
         if model.ROI_BOX_HEAD.NUM_FC + model.ROI_BOX_HEAD.NUM_CONV < 1:
-            yield "MODEL.ROI_BOX_HEAD.NUM_FC", "1 or more where NUM_CONV is 0"
+            yield "MODEL.ROI_BOX_HEAD.NUM_FC", "1 or more if NUM_CONV is 0"
         if len(roi_maps) > 1 and not _consecutive(roi_maps):
-            yield "MODEL.ROI_HEADS.IN_FEATURES", "maps that each follow the one before"
+            yield "MODEL.ROI_HEADS.IN_FEATURES", "consecutive maps"
     rpn_maps = len(model.RPN.IN_FEATURES)
     for key in ("SIZES", "ASPECT_RATIOS"):
         lists = model.ANCHOR_GENERATOR[key]
@@ -147,15 +147,15 @@ def _heads_misfits(model) -> Iterator[tuple[str, str]]:
         if not lists or (per_map and len(lists) not in (1, rpn_maps)):
             yield (
                 f"MODEL.ANCHOR_GENERATOR.{key}",
-                f"one list for all maps, or one for each of the {rpn_maps} in RPN.IN_FEATURES",
+                f"one list for all maps, or one for each of the {rpn_maps} maps of RPN.IN_FEATURES",
             )
         elif per_map and len({len(own) for own in lists}) > 1:
-            yield f"MODEL.ANCHOR_GENERATOR.{key}", "lists of one length: the maps share the head"
+            yield f"MODEL.ANCHOR_GENERATOR.{key}", "lists of equal length: the maps share the head"
     if model.ROI_HEADS.NUM_CLASSES < 1:
         yield "MODEL.ROI_HEADS.NUM_CLASSES", "1 or more"
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
         if len(model[key]) != 3:
-            yield f"MODEL.{key}", "3 numbers, one a channel"
+            yield f"MODEL.{key}", "3 numbers, one per channel"
 
 
 def _consecutive(names: list[str]) -> bool:

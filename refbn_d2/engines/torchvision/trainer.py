@@ -1,4 +1,4 @@
-"""Training and evaluation of a detector on torchvision's operators, from a Detectron2 config."""
+"""Train and evaluate a detector from a Detectron2 config, with torchvision's operators."""
 
 import logging
 from pathlib import Path
@@ -43,9 +43,10 @@ def train(cfg, output_dir: Path, resume: bool, allow_partial_weights: bool = Fal
         {dataset: {"bbox": {"AP": ...}, "segm": ...}} on worker 0, {} on the others.
 
     Raises:
-        ConfigError, DataError, CheckpointError, FileNotFoundError: what cannot be used.
+        ConfigError, DataError, CheckpointError, FileNotFoundError: the config, the data or the
+            weights cannot be used.
         DivergedError: a loss or a gradient became infinite or NaN; names the iteration.
-        SystemExit: interrupted (128 + signal), or TEST.EXPECTED_RESULTS were not reached (1).
+        SystemExit: interrupted (128 + signal), or TEST.EXPECTED_RESULTS not reached (1).
     """
     results = Trainer(cfg, output_dir, resume, allow_partial_weights).train()
     _check_expected(cfg, results)
@@ -53,17 +54,20 @@ def train(cfg, output_dir: Path, resume: bool, allow_partial_weights: bool = Fal
 
 
 def evaluate(cfg, output_dir: Path, resume: bool, allow_partial_weights: bool = False) -> dict:
-    """Evaluate MODEL.WEIGHTS, or the last checkpoint with `resume`; returns and raises as `train`.
+    """Evaluate MODEL.WEIGHTS or, with `resume`, the last checkpoint.
+
+    Returns:
+        The same as `train`.
 
     Raises:
-        ConfigError: DATASETS.TEST is empty.
+        ConfigError: DATASETS.TEST is empty; otherwise the errors of `train`.
     """
     evaluator = Evaluator(cfg, output_dir)
     if not evaluator.datasets:
-        raise ConfigError("DATASETS.TEST is empty: --eval-only has nothing to evaluate on.")
+        raise ConfigError("DATASETS.TEST is empty: --eval-only needs a data set there.")
     checkpoint = last_checkpoint(output_dir) if resume else None
     if not (checkpoint or cfg.MODEL.WEIGHTS):
-        logger.warning("MODEL.WEIGHTS is empty: evaluating a model of random weights.")
+        logger.warning("MODEL.WEIGHTS is empty: evaluating a model with random weights.")
     torch.manual_seed(checkpoint["seed"] if checkpoint else seed_of_run(cfg))
     results = evaluator(_build_model(cfg, checkpoint, allow_partial_weights))
     _check_expected(cfg, results)
@@ -71,7 +75,7 @@ def evaluate(cfg, output_dir: Path, resume: bool, allow_partial_weights: bool = 
 
 
 def _build_model(cfg, checkpoint: dict | None, allow_partial_weights: bool) -> nn.Module:
-    """Return the model with the checkpoint's weights, else MODEL.WEIGHTS."""
+    """Return the model with the weights of the checkpoint, or else of MODEL.WEIGHTS."""
     model = build_model(cfg)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -137,7 +141,7 @@ class Trainer(TrainingLoop):
     def _reference(
         self, cfg, model: nn.Module, data: LoadedDataset, checkpoint: dict | None
     ) -> ReferenceBatch:
-        """Return the reference batch: the checkpoint's again, or chosen and captured."""
+        """Return the reference batch: the checkpoint's, or newly chosen and captured."""
         options = refbn_options(cfg)
         names = " + ".join(cfg.DATASETS.TRAIN)
         dicts = data.dicts
@@ -185,7 +189,7 @@ class Trainer(TrainingLoop):
         with self.autocast:
             try:
                 losses = self.wrapped(samples)
-            except DivergedError as error:  # proposals that are not finite
+            except DivergedError as error:  # some proposals are infinite or NaN
                 raise self.diverged(iteration, error) from error
             total = sum(losses.values())
         self.optimizer.zero_grad()
@@ -200,10 +204,11 @@ class Trainer(TrainingLoop):
         return self.cfg.SOLVER.BASE_LR * factor, measured
 
     def finish_statistics(self, iteration: int) -> None:
-        """With TEST.PRECISE_BN, replace the running statistics by averages over NUM_ITER batches.
+        """Replace running statistics by averages over NUM_ITER batches, if TEST.PRECISE_BN is on.
 
-        fvcore's PreciseBN, as in Detectron2 (Wu and Johnson, "Rethinking Batch in BatchNorm", 2021,
-        section 3). The batches are a training loader's own, so the run's stay as they are.
+        This is fvcore's PreciseBN, as in Detectron2 (Wu and Johnson, "Rethinking Batch in
+        BatchNorm", 2021, section 3). The batches come from a second training loader, so that the
+        run's own batches do not change.
         """
         options = self.cfg.TEST.PRECISE_BN
         if not options.ENABLED or not get_bn_modules(self.model):
@@ -221,7 +226,7 @@ class Trainer(TrainingLoop):
         return self.evaluator(self.model)
 
     def scalars(self, results: dict[str, dict]) -> dict[str, float]:
-        """Return {"bbox/AP": ...}, with the dataset's name in front where there are several."""
+        """Return {"bbox/AP": ...}, with the data set's name in front if there are several."""
         return {
             "/".join([name, task, metric] if len(results) > 1 else [task, metric]): value
             for name, tasks in results.items()

@@ -33,9 +33,7 @@ def preceding_convolutions(
             norms are named.
     """
     uses = Counter(m for _, m in model.named_modules(remove_duplicate=False))
-    owners = Counter(
-        p for m in model.modules() for p in m._parameters.values() if p is not None
-    )
+    owners = Counter(p for m in model.modules() for p in m._parameters.values() if p is not None)
     found: dict[str, tuple[Norm, nn.Conv2d]] = {}
     refused = []
     for name, norm in model.named_modules():

@@ -1,1 +1,1 @@
-"""Labeled images in folders, tar files or WebDataset shards, and the batches made of them."""
+"""Read labeled images from folders, tar files or WebDataset shards, and make batches of them."""

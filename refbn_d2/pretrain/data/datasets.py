@@ -1,4 +1,4 @@
-"""Labelled images in folders, tar files or WebDataset shards."""
+"""Read labeled images from folders, tar files or WebDataset shards."""
 
 import io
 import logging
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 class ReaderShards(Reader):
-    """WebDataset shards by index: tar files of `<key>.<jpg, png, ...>` beside `<key>.cls`.
+    """WebDataset shards with an index: tar files of `<key>.<jpg, png, ...>` and `<key>.cls`.
 
-    timm's own reader of them streams: what it gives cannot be taken up again in the middle of an
-    epoch, nor grouped, nor read twice for a reference batch. This one reads the headers of all
-    shards once (local files), and then each image by its place.
+    timm's reader streams such shards. A stream cannot be resumed in the middle of an epoch, nor
+    grouped, nor read again for a reference batch. This reader reads the headers of all shards once
+    (they must be local files), and then any image by its position.
 
     Raises:
         DataError: a shard is broken, or a sample has no image or no .cls with a number.
@@ -43,7 +43,7 @@ class ReaderShards(Reader):
             try:
                 self._add(number, file)
             except tarfile.TarError as error:
-                raise DataError(f"{file} is cut off or no tar file: {error}") from error
+                raise DataError(f"{file} is cut off or not a tar file: {error}") from error
         self.class_to_idx = {str(label): label for label in sorted(set(self.targets))}
 
     def _add(self, number: int, file: Path) -> None:
@@ -53,8 +53,8 @@ class ReaderShards(Reader):
                 label = tar.extractfile(members["cls"]).read() if "cls" in members else b""
                 if image is None or not label.strip().isdigit():
                     raise DataError(
-                        f"sample {key!r} of {file} lacks an image or its .cls with a number; is "
-                        "the file whole?"
+                        f"sample {key!r} of {file} has no image, or no .cls file with a number; "
+                        "write or download the file again"
                     )
                 place = number, image.offset_data, image.size
                 self.samples.append((f"{file.name}/{image.name}", *place))
@@ -77,7 +77,7 @@ _IMAGES = {extension.removeprefix(".") for extension in get_img_extensions()}
 
 
 def _by_key(tar: tarfile.TarFile) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """{key: {extension: member}}, a key being all up to the first dot of the base name."""
+    """Return {key: {extension: member}}; a key is the path up to the base name's first dot."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     for member in tar:
         folder, slash, name = member.name.rpartition("/")
@@ -90,12 +90,12 @@ def _by_key(tar: tarfile.TarFile) -> dict[str, dict[str, tarfile.TarInfo]]:
 class ImageSet(Sequence):
     """The images under one path, as dataset dicts: image_id, file_name, label, read() -> bytes.
 
-    A folder of class folders, a tar of class folders, a folder of tars of one class each (what
-    timm's readers read), or WebDataset shards: a folder of them, one, or a pattern of names with
-    `{000..127}`, `*` or `?`.
+    The path may be what timm's readers read: a folder of class folders, a tar of class folders, or
+    a folder with a tar for each class. It may also be one WebDataset shard, a folder of shards, or
+    a pattern of their names with `{000..127}`, `*` or `?`.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: the path does not exist.
         ConfigError: there are no images, or a tar is broken.
     """
 
@@ -105,7 +105,8 @@ class ImageSet(Sequence):
             self.reader, self.class_to_idx, labels = _open(path)
         except (RuntimeError, ValueError, tarfile.TarError) as error:
             raise ConfigError(
-                f"DATASETS: {path} holds no images that can be read: {error}"
+                f"DATASETS: {path} holds no images that can be read ({error}); docs/pretraining.md "
+                "has the layouts"
             ) from error
         self.labels = [int(label) for label in labels]
         self.num_classes = 1 + max(self.class_to_idx.values())
@@ -120,13 +121,13 @@ class ImageSet(Sequence):
         return {"image_id": name, "file_name": name, "label": self.labels[index], "read": read}
 
     def read(self, index: int) -> bytes:
-        """The image's file."""
+        """Return the bytes of the image's file."""
         with self.reader[index][0] as file:
             return file.read()
 
 
 def _open(path: Path) -> tuple[Reader, dict[str, int], Sequence[int]]:
-    """A reader, its classes' labels by name, and its images' labels."""
+    """Return a reader, its classes' labels by name, and its images' labels."""
     tars = _tars(path)
     if not tars:
         reader = ReaderImageFolder(str(path))
@@ -134,52 +135,52 @@ def _open(path: Path) -> tuple[Reader, dict[str, int], Sequence[int]]:
     if _is_shard(tars[0]):
         reader = ReaderShards(tars)
         return reader, reader.class_to_idx, reader.targets
-    # opened for each image: worker processes must not share an open file's position
+    # The tar is opened for each image: worker processes must not share an open file's position.
     reader = ReaderImageInTar(str(path), cache_tarfiles=False)
     return reader, reader.class_name_to_idx, reader.targets
 
 
 def _is_shard(file: Path) -> bool:
-    """A tar of WebDataset's, not one of class folders or of a class."""
+    """Return whether it is a WebDataset shard, and not a tar of class folders or of a class."""
     try:
         with tarfile.open(file) as tar:
             return any(member.name.endswith(".cls") for member in islice(tar, 8))
     except tarfile.TarError as error:
-        raise DataError(f"{file} is cut off or no tar file: {error}") from error
+        raise DataError(f"{file} is cut off or not a tar file: {error}") from error
 
 
 def _tars(path: Path) -> list[Path]:
-    """The tar files that `path` is, holds, or is a pattern of; [] for another folder."""
+    """Return the tar files that `path` is, contains or matches; [] for a folder without any."""
     if path.is_dir():
         return sorted(path.glob("*.tar"))
     if span := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", path.name):
-        before, first, last, behind = span.groups()
+        before, first, last, after = span.groups()
         numbers = range(int(first), int(last) + 1)
-        files = [path.with_name(f"{before}{i:0{len(first)}d}{behind}") for i in numbers]
+        files = [path.with_name(f"{before}{i:0{len(first)}d}{after}") for i in numbers]
     else:
         files = sorted(path.parent.glob(path.name))
     missing = [file for file in files or [path] if not file.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"DATASETS: {missing[0]} does not exist; DATASETS.ROOT, DATASETS.TRAIN and "
-            "DATASETS.TEST say where images are (docs/pretraining.md has the layouts)"
+            f"DATASETS: {missing[0]} does not exist; set DATASETS.ROOT, DATASETS.TRAIN and "
+            "DATASETS.TEST to where the images are (docs/pretraining.md has the layouts)"
         )
     return files
 
 
 class ImageSets(NamedTuple):
-    """DATASETS.TRAIN (None where only validation is to be run) and DATASETS.TEST."""
+    """The images of DATASETS.TRAIN (None for validation only) and of DATASETS.TEST."""
 
     train: ImageSet | None
     test: ImageSet
 
 
 def load_images(cfg, training: bool) -> ImageSets:
-    """Finds the images; the embedded shapes where DATASETS.ROOT is "", drawn on first use.
+    """Return the images; if DATASETS.ROOT is "", the embedded shapes, drawn on first use.
 
     Raises:
-        FileNotFoundError, ConfigError: as `ImageSet`; or the classes of both sets differ, or their
-            number from MODEL.NUM_CLASSES.
+        FileNotFoundError, ConfigError: see `ImageSet`; or the two sets have different classes, or
+            another number of classes than MODEL.NUM_CLASSES.
     """
     if cfg.DATASETS.ROOT:
         root = shapes.datasets_root() / Path(cfg.DATASETS.ROOT).expanduser()
@@ -195,7 +196,7 @@ def load_images(cfg, training: bool) -> ImageSets:
     if cfg.MODEL.NUM_CLASSES not in (0, test.num_classes):
         raise ConfigError(
             f"MODEL.NUM_CLASSES = {cfg.MODEL.NUM_CLASSES}, but {(train or test).path} has "
-            f"{test.num_classes} classes: complete the data, or set it to 0 to take what is there"
+            f"{test.num_classes} classes: complete the data, or set it to 0 to use these classes"
         )
     return ImageSets(train, test)
 
@@ -203,16 +204,16 @@ def load_images(cfg, training: bool) -> ImageSets:
 def _differing_classes(train: ImageSet, test: ImageSet) -> str:
     problems = []
     for one, other in ((train, test), (test, train)):
-        lacking = sorted(one.class_to_idx.keys() - other.class_to_idx.keys())
-        if lacking:
-            names = ", ".join(name or "(outside of class folders)" for name in lacking[:5])
-            more = ", ..." if len(lacking) > 5 else ""
+        missing = sorted(one.class_to_idx.keys() - other.class_to_idx.keys())
+        if missing:
+            names = ", ".join(name or "(outside of class folders)" for name in missing[:5])
+            more = ", ..." if len(missing) > 5 else ""
             problems.append(
-                f"{other.path} has none of {len(lacking)} of the {len(one.class_to_idx)} classes "
-                f"of {one.path}: {names}{more}"
+                f"in {other.path}, {len(missing)} of the {len(one.class_to_idx)} classes of "
+                f"{one.path} are missing: {names}{more}"
             )
     return (
-        "the training and the validation images are not of the same classes: "
+        "the training images and the validation images have different classes: "
         + "; ".join(problems)
         + ". Each set needs one folder (or label) for every class"
     )

@@ -1,12 +1,15 @@
-"""Labelled images in folders, tar files or WebDataset shards, and the batches made of them.
+"""Make batches of labeled images.
+
+Shapes and names:
 
     H, W            INPUT.SIZE or INPUT.SIZE_TEST
-    index, draw     which image; how many were drawn before it in this run
+    index           position of an image in its set
+    draw            number of images drawn before this one in the run
     unreadable      (name, reason) of images that cannot be read
     sample          image (3, H, W) uint8 RGB, label, unreadable
     batch           images (N, 3, H, W) uint8, labels (N,) int64, unreadable
 
-The order of images follows from (seed, epoch), and the augmentation of one from (seed, draw).
+(seed, epoch) determines the order of images, and (seed, draw) the augmentation of one.
 """
 
 import io
@@ -30,7 +33,7 @@ from refbn_d2.utils.random_state import seed_everything
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 10  # images that may be unreadable one after the other
+ATTEMPTS = 10  # unreadable images in a row that raise an error
 
 
 Sample = tuple[Tensor | None, int | None, list[tuple[str, str]]]
@@ -39,8 +42,8 @@ Sample = tuple[Tensor | None, int | None, list[tuple[str, str]]]
 class Samples(Dataset):
     """Transformed images, indexed by (index, draw).
 
-    An image that cannot be read is named in the sample, and the next one that can takes its place
-    (`replace`), or none does (image and label are None).
+    A sample names an image that cannot be read. With `replace`, the next readable image takes its
+    place; without, image and label are None.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class Samples(Dataset):
         return self.sample(index, self.seed, draw)
 
     def sample(self, index: int, *entropy: int) -> Sample:
-        """Image `index`; `entropy` decides its augmentation.
+        """Return the sample of image `index`; `entropy` determines its augmentation.
 
         Raises:
             DataError: ten images in a row cannot be read.
@@ -62,7 +65,7 @@ class Samples(Dataset):
         for _ in range(ATTEMPTS if self.replace else 1):
             try:
                 image = Image.open(io.BytesIO(self.images.read(index))).convert("RGB")
-            except Exception as error:  # a broken picture makes PIL raise nearly anything
+            except Exception as error:  # PIL raises nearly anything for a broken picture
                 is_none = isinstance(error, UnidentifiedImageError)
                 reason = "no image" if is_none else str(error)
                 unreadable.append((self.images.reader.filename(index), reason))
@@ -94,23 +97,23 @@ def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[tuple[str, str
 
 
 class Unreadable:
-    """Names each image that could not be read once, until they are too large a share of the set."""
+    """Log each unreadable image once, and raise if they are too large a share of the set."""
 
     def __init__(self, images: ImageSet, share: float) -> None:
         self.images, self.share = images, share
         self.found: dict[str, str] = {}
 
     def note(self, unreadable: list[tuple[str, str]]) -> None:
-        """What of a batch could not be read.
+        """Record the unreadable images of a batch.
 
         Raises:
-            DataError: more than the share of this worker's part of the images are broken.
+            DataError: they are a larger share of this worker's part of the images than allowed.
         """
         for name, reason in unreadable:
             if name not in self.found:
                 self.found[name] = reason
                 logger.warning(
-                    "Image %d that cannot be read, and is skipped: %s (%s)",
+                    "Unreadable image number %d is skipped: %s (%s)",
                     len(self.found), name, reason,
                 )  # fmt: skip
         part = len(self.images) / distributed.world_size()
@@ -124,7 +127,7 @@ class Unreadable:
 
 
 def build_transform(cfg, training: bool) -> Callable[[Image.Image], Tensor]:
-    """timm's transforms under INPUT.*: PIL image -> uint8 (3, H, W).
+    """Return timm's transforms of INPUT.*: PIL image -> uint8 (3, H, W).
 
     Raises:
         ConfigError: INPUT.AUTO_AUGMENT is not in timm's notation.
@@ -142,21 +145,21 @@ def build_transform(cfg, training: bool) -> Callable[[Image.Image], Tensor]:
             hflip=0.5 if inputs.RANDOM_FLIP == "horizontal" else 0.0,
             color_jitter=inputs.COLOR_JITTER or None, auto_augment=inputs.AUTO_AUGMENT or None,
             interpolation=interpolation, use_prefetcher=True,
-            mean=[value / 255 for value in cfg.MODEL.PIXEL_MEAN],  # where RandAugment shifts
+            mean=[value / 255 for value in cfg.MODEL.PIXEL_MEAN],  # RandAugment fills with it
         )  # fmt: skip
     except (AssertionError, KeyError, ValueError, IndexError) as error:
         raise ConfigError(
             f"INPUT.AUTO_AUGMENT = {inputs.AUTO_AUGMENT!r} is not in timm's notation ({error!r}); "
-            "an example is 'rand-m7-mstd0.5-inc1'"
+            "write it as 'rand-m7-mstd0.5-inc1'"
         ) from error
 
 
 def build_train_loader(cfg, samples: Samples, seed: int, start_iteration: int) -> DataLoader:
-    """An endless loader of this worker's shares of batches, from `start_iteration` on.
+    """Return an endless loader of this worker's shares of batches, starting at `start_iteration`.
 
     Raises:
         ConfigError: SOLVER.IMS_PER_BATCH cannot be split over the workers; or
-            DATALOADER.BATCH_COMPOSITION is "domain", and an image's name tells none.
+            DATALOADER.BATCH_COMPOSITION is "domain", and an image's name has no domain.
     """
     sampler = GroupedBatchSampler(
         _groups(cfg, samples.images), cfg.SOLVER.IMS_PER_BATCH, seed, distributed.rank(),
@@ -176,14 +179,14 @@ def _groups(cfg, images: ImageSet) -> Sequence[Hashable]:
         domains.append(shapes.domain_of(name))
         if domains[-1] is None:
             raise ConfigError(
-                f"DATALOADER.BATCH_COMPOSITION = 'domain': the name of {name} in {images.path} "
-                f"tells no domain. It ends on one in the embedded shapes: *_{shapes.DOMAINS[0]}.png"
+                f"DATALOADER.BATCH_COMPOSITION = 'domain': the name of {name} in {images.path} has "
+                f"no domain. Names must end with one, as in *_{shapes.DOMAINS[0]}.png; or use 'iid'"
             )
     return domains
 
 
 def build_test_loader(cfg, images: ImageSet) -> DataLoader:
-    """A loader of this worker's images, each image once over all workers."""
+    """Return a loader of this worker's images; each image comes once over all workers."""
     samples = Samples(images, build_transform(cfg, training=False), replace=False)
     indices = range(distributed.rank(), len(images), distributed.world_size())
     size = max(1, cfg.SOLVER.IMS_PER_BATCH // distributed.world_size())
@@ -197,10 +200,11 @@ def _loader(cfg, samples: Samples, batches: Iterator | Sequence) -> DataLoader:
         samples,
         batch_sampler=batches,
         num_workers=workers,
-        # not spawned, as the processes of --num-gpus are: every validation would import all anew
+        # Spawned processes, as those of --num-gpus are, would import everything in each validation.
         multiprocessing_context="fork" if workers else None,
         collate_fn=_collate,
         worker_init_fn=start_worker,
         pin_memory=cfg.MODEL.DEVICE == "cuda",
-        generator=torch.Generator(),  # its own: making an iterator must not move others' numbers
+        # A separate generator, so that a new iterator does not change other random numbers.
+        generator=torch.Generator(),
     )

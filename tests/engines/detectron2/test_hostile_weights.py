@@ -1,4 +1,4 @@
-"""MODEL.WEIGHTS on Detectron2's engine: no code is run, a query chooses, others are refused."""
+"""MODEL.WEIGHTS on Detectron2's engine: no code is run, and only known queries are allowed."""
 
 import contextlib
 import pickle
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.detectron2
 
 
 class Evil:
-    """Its unpickling makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -31,7 +31,7 @@ class Evil:
 @pytest.mark.parametrize("query", ["", "?matching_heuristics=True", "?key=evil"])
 @pytest.mark.parametrize("suffix", ["pkl", "pyth", "pth"])
 def test_code_is_not_run_however_it_is_asked_for(tmp_path, suffix, query, beside):
-    """Detectron2 itself runs it."""
+    """Detectron2 itself would run it."""
     from detectron2.checkpoint import DetectionCheckpointer
 
     path = tmp_path / f"evil.{suffix}"
@@ -42,7 +42,7 @@ def test_code_is_not_run_however_it_is_asked_for(tmp_path, suffix, query, beside
     if suffix == "pkl" and not query:
         with contextlib.suppress(Exception):
             DetectionCheckpointer(torch.nn.Linear(1, 1)).load(str(path))
-        assert (tmp_path / "ran").exists()  # the trap is a live one
+        assert (tmp_path / "ran").exists()  # the trap works
 
 
 @pytest.mark.parametrize("suffix", ["pkl", "pth"])

@@ -1,4 +1,4 @@
-"""LazyConfig, by our script and by Detectron2's own."""
+"""LazyConfig, run by our script and by Detectron2's."""
 
 import pytest
 

@@ -18,7 +18,7 @@ def train(config_file, tmp_path, *arguments):
 
 
 def test_a_run_its_files_and_its_resumption(config_file, tmp_path):
-    """`auto` is Detectron2, since it imports."""
+    """`auto` is Detectron2, because it imports."""
     code, log = train(config_file, tmp_path, "--num-gpus", 1, "SOLVER.MAX_ITER", 4)
     assert code == 0, log
     assert "d2.engine.train_loop" in log
@@ -31,7 +31,7 @@ def test_a_run_its_files_and_its_resumption(config_file, tmp_path):
     assert "bbox/AP" in json.loads((out / "metrics.json").read_text().splitlines()[-1])
 
     code, log = train(config_file, tmp_path, "SOLVER.MAX_ITER", 6)
-    assert code == 1 and "holds a run already. Go on with it by --resume" in log
+    assert code == 1 and "holds a run already. Resume it with --resume" in log
     code, log = train(config_file, tmp_path, "--resume", "SOLVER.BASE_LR", 0.5)
     assert code == 1 and "SOLVER.BASE_LR: 0.002 there, 0.5 now" in log
 
@@ -87,7 +87,9 @@ def test_the_type_of_a_test_set_chooses_the_evaluator(tmp_path):
     ):
         try:
             assert type(build_evaluator(name, str(tmp_path))).__name__ == kind
-        except FileNotFoundError:  # it reads its annotations at once, and COCO is not here
+        except (
+            FileNotFoundError
+        ):  # this evaluator reads its annotations at once, but there is no COCO here
             pass
     MetadataCatalog.get("odd").set(evaluator_type="smell")
     with pytest.raises(ConfigError, match="data set odd of evaluator_type 'smell'"):

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.detectron2
 
 
 def small(**changes):
-    """A Detectron2 Faster R-CNN R-18-FPN of the norm in `changes`."""
+    """Build Detectron2's Faster R-CNN R-18-FPN, with config `changes`."""
     from detectron2.config import get_cfg
     from detectron2.modeling import build_model
 
@@ -63,7 +63,7 @@ def load(model, path, allow_partial=False):
 
 @pytest.fixture
 def log(caplog):
-    """Warnings of Detectron2, fvcore and this package."""
+    """Collect the warnings of Detectron2, fvcore and this package."""
     names = ("detectron2", "fvcore", "refbn_d2")
     before = {name: logging.getLogger(name).propagate for name in names}
     for name in names:
@@ -75,7 +75,7 @@ def log(caplog):
 
 
 def test_a_refbn_checkpoint_loads_complete_and_silent(tmp_path, log):
-    """In Detectron2's own checkpointer: with the plugin nothing else is needed."""
+    """Detectron2's checkpointer loads it; only the plugin is needed."""
     from detectron2.checkpoint import DetectionCheckpointer
 
     saved = randomized(with_norm("RefBN"))
@@ -127,7 +127,7 @@ def test_torchvisions_resnet_fills_the_backbone(tmp_path, suffix):
 
 
 def as_caffe2(backbone):
-    """MSRA's names: weights of convolutions, and scale and bias of norms, folded statistics."""
+    """Rename to MSRA's names: convolutions, and norms with folded statistics."""
     state, blobs = backbone.state_dict(), {}
     for name, value in state.items():
         if "norm" in name and name.rpartition(".")[2] not in ("weight", "bias"):
@@ -147,7 +147,7 @@ def as_caffe2(backbone):
 
 @pytest.mark.parametrize("norm", ["FrozenBN", "RefBN"])
 def test_detectrons_caffe2_weights(tmp_path, norm):
-    """R-50.pkl and its like, which Detectron2's configs name."""
+    """R-50.pkl and similar files, which Detectron2's configs name."""
     changes = {"RESNETS.NORM": norm, "RESNETS.DEPTH": 50, "RESNETS.RES2_OUT_CHANNELS": 256}
     saved = randomized(small(**changes)).backbone.bottom_up
     path = tmp_path / "R-50.pkl"
@@ -165,7 +165,7 @@ def test_detectrons_caffe2_weights(tmp_path, norm):
 
 
 def test_weights_that_do_not_fit_stop_the_run(tmp_path, log):
-    """Detectron2 warns, and trains from noise."""
+    """Detectron2 itself only warns, and trains from random weights."""
     saved = randomized(small(**{"RESNETS.NORM": "RefBN"}))
     save_checkpoint({"model": saved.backbone.bottom_up.state_dict()}, tmp_path / "r18.pth")
     deeper = {"RESNETS.NORM": "RefBN", "RESNETS.DEPTH": 34}

@@ -1,4 +1,4 @@
-"""TEST.PRECISE_BN: the oracle pools what the stem's convolution gives for the same batches."""
+"""TEST.PRECISE_BN: the oracle pools the stem convolution's outputs for the same batches."""
 
 import itertools
 from pathlib import Path

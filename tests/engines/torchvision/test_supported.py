@@ -1,4 +1,4 @@
-"""What the torchvision engine refuses, and how it says so."""
+"""The torchvision engine refuses configs that it does not support, with a helpful error."""
 
 from pathlib import Path
 
@@ -38,8 +38,8 @@ def config(*overrides):
         [*FPN, "MODEL.ANCHOR_GENERATOR.SIZES", [[32, 64]]],
         [*FPN, "INPUT.CROP.ENABLED", True, "TEST.AUG.FLIP", False],
         [*COSINE, "SOLVER.BASE_LR_END", 0.001],
-        ["SOLVER.BASE_LR_END", 0.1],  # of no effect with steps
-        ["MODEL.RETINANET.NUM_CLASSES", 3],  # of no effect here, nor in Detectron2
+        ["SOLVER.BASE_LR_END", 0.1],  # has no effect with steps
+        ["MODEL.RETINANET.NUM_CLASSES", 3],  # has no effect, also in Detectron2
     ],
 )
 def test_supported(overrides):
@@ -128,7 +128,7 @@ def test_parts_that_do_not_fit_are_named(overrides, key):
 
 @pytest.mark.detectron2
 def test_detectron2s_own_yamls():
-    """Faster and Mask R-CNN with any backbone of theirs pass; the rest is refused by its key."""
+    """Faster and Mask R-CNN with any of their backbones pass; the error of others names a key."""
     package = Path(pytest.importorskip("detectron2").__file__).parent
     configs = package.parent / "configs"
     if not configs.is_dir():

@@ -1,4 +1,4 @@
-"""Real training on generated pictures: what a run leaves, and that it can be taken up again."""
+"""Real training on generated pictures: a run's files, and its resumption."""
 
 import copy
 import json
@@ -58,7 +58,7 @@ def test_a_metrics_line_that_was_cut_off_is_dropped_on_resume(tiny_cfg):
 
 
 def test_random_numbers_differ_by_seed(tiny_cfg, tmp_path):
-    """In sampling too: the same weights and pictures, another seed, other losses."""
+    """With the same weights and pictures, another seed gives other losses, by its samples."""
     losses = {}
     for seed in (3, 4):
         out = tmp_path / str(seed)
@@ -74,7 +74,7 @@ def test_random_numbers_differ_by_seed(tiny_cfg, tmp_path):
 def test_resume_without_an_earlier_run_starts_anew(tiny_cfg):
     run(tiny_cfg, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", [], resume=True)
     out = Path(tiny_cfg.OUTPUT_DIR)
-    assert "holds no checkpoint yet; starting anew" in (out / "log.txt").read_text()
+    assert "holds no checkpoint yet; starting from the beginning" in (out / "log.txt").read_text()
 
 
 def test_expected_results(tiny_cfg):

@@ -48,7 +48,7 @@ def test_nan_in_a_loss_alone(tiny_cfg, monkeypatch):
 def test_output_dir_of_another_run_is_left_alone(tiny_cfg):
     run(tiny_cfg, "DATASETS.TEST", [])
     before = sorted((p, p.stat().st_mtime_ns) for p in Path(tiny_cfg.OUTPUT_DIR).iterdir())
-    with pytest.raises(FileExistsError, match="holds a run already. Go on with it by --resume"):
+    with pytest.raises(FileExistsError, match="holds a run already. Resume it with --resume"):
         run(tiny_cfg)
     with pytest.raises(ValueError, match="MODEL.REFBN.SEED: 0 there, 5 now"):
         run(tiny_cfg, "MODEL.REFBN.SEED", 5, resume=True)
@@ -75,7 +75,7 @@ def test_resume_from_a_file_that_is_no_run(tiny_cfg, tmp_path):
     run(tiny_cfg, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", [])
     path = Path(tiny_cfg.OUTPUT_DIR) / "model_final.pth"
     save_checkpoint({"model": load_checkpoint(path)["model"]}, path)
-    with pytest.raises(ValueError, match="it lacks grad_scaler, iteration, optimizer, seed"):
+    with pytest.raises(ValueError, match="it has no grad_scaler, iteration, optimizer, seed"):
         run(tiny_cfg, "SOLVER.MAX_ITER", 2, resume=True)
 
 

@@ -30,7 +30,7 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, iteration):
-    """As SIGKILL does: nothing is written any more."""
+    """End the run as SIGKILL does: nothing is written afterwards."""
     step = Trainer.step
 
     def dying_step(self, i, samples):
@@ -66,7 +66,7 @@ def test_a_run_killed_in_its_last_evaluation_evaluates_on_resume(tiny_cfg, monke
 @pytest.mark.slow
 @pytest.mark.parametrize("refresh", ["static", "full", "slice", "concat"])
 def test_40_iterations_straight_or_killed_at_20(tiny_cfg, tmp_path, refresh):
-    """The real thing: a process that is sent SIGKILL."""
+    """A real process gets a SIGKILL."""
     tiny_cfg.merge_from_list(
         ["MODEL.REFBN.REFRESH", refresh, "DATASETS.TEST", [], "SOLVER.MAX_ITER", 40,
          "SOLVER.CHECKPOINT_PERIOD", 20]
@@ -105,7 +105,7 @@ def test_signal_writes_a_checkpoint_and_resume_goes_on(tiny_cfg, tmp_path, numbe
     finally:
         process.kill()
     assert process.returncode == 128 + number, err
-    assert "its checkpoint is written. Go on with --resume" in err
+    assert "its checkpoint is written. Resume with --resume" in err
     (saved,) = Path(tiny_cfg.OUTPUT_DIR).glob("model_*.pth")
     done = load_checkpoint(saved)["iteration"]
     run(tiny_cfg, "SOLVER.MAX_ITER", done + 2, resume=True)
@@ -129,7 +129,7 @@ def two_workers(cfg, tmp_path, launcher=(), *arguments):
 
 
 def test_two_workers_train_as_one_by_num_gpus_and_by_torchrun(tiny_cfg, tmp_path):
-    """Norms that do not see the batch, no random sampling: the same gradients, however split."""
+    """Without norms over the batch and random sampling, any split gives the same gradients."""
     tiny_cfg.merge_from_list(
         ["MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "", "MODEL.ROI_MASK_HEAD.NORM", "",
          "MODEL.ROI_BOX_HEAD.NORM", "",
@@ -150,7 +150,7 @@ def test_two_workers_train_as_one_by_num_gpus_and_by_torchrun(tiny_cfg, tmp_path
         for key in one:
             torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-5)
         metrics = (tmp_path / name / "metrics.json").read_text().splitlines()
-        assert len(metrics) == 2  # written by worker 0 alone
+        assert len(metrics) == 2  # written only by worker 0
         assert json.loads(metrics[-1])["bbox/AP"] == pytest.approx(
             results["one"]["bbox"]["AP"], abs=0.5
         )
@@ -178,7 +178,7 @@ def _times_nan(module, args, losses):
 
 
 def worker_1_diverges(cfg):
-    """In each of two workers; the step that ends with a checkpoint has a loss of NaN on one."""
+    """Run in two workers; in the step that ends with a checkpoint, one has a loss of NaN."""
     step = Trainer.step
 
     def poisoned(self, iteration, batch):
@@ -187,7 +187,7 @@ def worker_1_diverges(cfg):
         try:
             return step(self, iteration, batch)
         except FloatingPointError:
-            time.sleep(3)  # worker 0 is not to be ended before it could write a checkpoint
+            time.sleep(3)  # give worker 0 the time to write a checkpoint
             raise
 
     if distributed.rank() == 1:

@@ -1,4 +1,4 @@
-"""Tars and webdataset shards of a folder of classes."""
+"""Tars and WebDataset shards of a folder of classes."""
 
 import tarfile
 
@@ -16,7 +16,7 @@ def pack(file, folder, members, name=lambda path: f"{path.parent.name}/{path.nam
 
 
 def webdataset_shards(root, folder, split="train", number=3):
-    """By the webdataset library; classes numbered by their sorted names."""
+    """Write shards by the webdataset library; classes are numbered by their sorted names."""
     webdataset = pytest.importorskip("webdataset")
     root.mkdir(parents=True, exist_ok=True)
     files = sorted(folder.glob("*/*.png"))

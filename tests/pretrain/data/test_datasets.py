@@ -1,4 +1,4 @@
-"""Where images come from, and what is said of data that cannot be used."""
+"""Images are found in all layouts; data that cannot be used is an error."""
 
 import os
 import shutil
@@ -24,14 +24,14 @@ def pixels(file):
 
 
 def contents(images):
-    """{pixels: label} of a set, whatever names its files have."""
+    """Return {pixels: label} of a set, for any file names."""
     return {
         pixels(BytesIO(images.read(i))).tobytes(): images[i]["label"] for i in range(len(images))
     }
 
 
 def by_folders(folder):
-    """The same from the files, classes numbered by their sorted names."""
+    """Return {pixels: label} of the files; classes are numbered by their sorted names."""
     numbers = {name: i for i, name in enumerate(sorted(CLASSES))}
     return {pixels(f).tobytes(): numbers[f.parent.name] for f in folder.glob("*/*.png")}
 
@@ -74,7 +74,7 @@ def test_one_shard_and_a_part_of_them(tiny_classes, tmp_path):
 
 
 def test_shards_are_what_timm_reads(tiny_classes, tmp_path):
-    """Against timm's own, streaming reader of the same files."""
+    """timm's streaming reader of the same files is the oracle."""
     root = webdataset_shards(tmp_path / "shards", tiny_classes / "train")
     from timm.data import create_dataset
 
@@ -85,7 +85,7 @@ def test_shards_are_what_timm_reads(tiny_classes, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux")
 def test_no_tar_stays_open(tiny_classes, tmp_path):
-    """Worker processes would share its position, and read what another one is looking for."""
+    """Worker processes would share its position, and read each other's data."""
     train = tiny_classes / "train"
     for name in CLASSES[:2]:
         pack(tmp_path / f"many/{name}.tar", train, sorted((train / name).glob("*.png")))
@@ -110,7 +110,7 @@ def test_the_embedded_shapes_are_made_on_first_use(cfg, tmp_path, monkeypatch):
 
 
 def test_timm_reads_folders_as_before(tiny_classes):
-    """The index of a folder is timm's own: another version must not number classes otherwise."""
+    """timm makes the index of a folder: another version must number classes in the same way."""
     reader = ReaderImageFolder(str(tiny_classes / "val"))
     assert reader.class_to_idx == {name: i for i, name in enumerate(sorted(CLASSES))}
 
@@ -121,19 +121,21 @@ def test_timm_reads_folders_as_before(tiny_classes):
 def test_missing_class_folders_are_named(cfg, copy):
     shutil.rmtree(copy / "val/heart")
     for file in (copy / "train/ell").iterdir():
-        file.unlink()  # an empty folder is a missing one
+        file.unlink()  # an empty folder counts as missing
     with pytest.raises(ConfigError) as error:
         load_images(cfg, training=True)
     message = str(error.value)
-    assert f"{copy}/val has none of 1 of the 11 classes of {copy}/train: heart" in message
-    assert f"{copy}/train has none of 1 of the 11 classes of {copy}/val: ell" in message
-    load_images(cfg, training=False)  # what is not needed is not looked at
+    assert f"in {copy}/val, 1 of the 11 classes of {copy}/train are missing: heart" in message
+    assert f"in {copy}/train, 1 of the 11 classes of {copy}/val are missing: ell" in message
+    load_images(cfg, training=False)  # training images are not checked here
 
 
 def test_validation_images_outside_of_class_folders(cfg, copy):
     for file in list((copy / "val").glob("*/*.png")):
         file.rename(copy / "val" / file.name)
-    with pytest.raises(ConfigError, match=r"classes of .*/val: \(outside of class folders\)"):
+    with pytest.raises(
+        ConfigError, match=r"classes of .*/val are missing: \(outside of class folders\)"
+    ):
         load_images(cfg, training=True)
 
 
@@ -147,7 +149,7 @@ def test_number_of_classes(cfg):
 
 def test_nothing_there(cfg, tmp_path):
     cfg.DATASETS.ROOT = str(tmp_path / "imagenet")
-    with pytest.raises(FileNotFoundError, match="imagenet/val does not exist; DATASETS.ROOT"):
+    with pytest.raises(FileNotFoundError, match="imagenet/val does not exist; set DATASETS.ROOT"):
         load_images(cfg, training=True)
     for pattern in ("val-{000..002}.tar", "val-*.tar", "val.tar"):
         with pytest.raises(FileNotFoundError, match="imagenet/val.* does not exist"):
@@ -157,7 +159,7 @@ def test_nothing_there(cfg, tmp_path):
 def test_no_images(tmp_path):
     (tmp_path / "train/cat").mkdir(parents=True)
     (tmp_path / "train/cat/notes.txt").write_text("none")
-    with pytest.raises(ConfigError, match="train holds no images .* Found 0 images"):
+    with pytest.raises(ConfigError, match="train holds no images .*Found 0 images"):
         ImageSet(tmp_path / "train")
     tar = pack(tmp_path / "empty.tar", tmp_path, [tmp_path / "train/cat/notes.txt"])
     with pytest.raises(ConfigError, match="empty.tar holds no images"):
@@ -185,5 +187,5 @@ def test_shards_with_half_a_sample(tiny_classes, tmp_path, names):
     with tarfile.open(tmp_path / "odd.tar", "w") as tar:
         for name in names:
             tar.add(files[name[-3:]], name)
-    with pytest.raises(ConfigError, match="sample 'b' of .*odd.tar lacks an image or its .cls"):
+    with pytest.raises(ConfigError, match="sample 'b' of .*odd.tar has no image, or no .cls"):
         ImageSet(tmp_path / "odd.tar")

@@ -1,4 +1,4 @@
-"""What makes a batch, and what is done with images that cannot be read."""
+"""Batches, and images that cannot be read."""
 
 import shutil
 from collections import Counter
@@ -188,6 +188,6 @@ def test_unreadable_images_up_to_a_share(tiny_classes, caplog):
             unreadable.note([("a.png", "cut off")])
         unreadable.note([("b.png", "empty")])
     assert caplog.text.count("a.png") == 1
-    assert "Image 2 that cannot be read, and is skipped: b.png (empty)" in caplog.text
+    assert "Unreadable image number 2 is skipped: b.png (empty)" in caplog.text
     with pytest.raises(ValueError, match="3 of 84 images .*MAX_UNREADABLE = 0.025 of .*a.png.*c.p"):
         unreadable.note([("c.png", "empty")])

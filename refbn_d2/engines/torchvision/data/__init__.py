@@ -1,4 +1,4 @@
-"""From a COCO json to batches: what Detectron2's loaders do, resumable, with errors for people.
+"""Turn a COCO json into batches, as Detectron2's loaders do; resumable, with clear errors.
 
 Shapes and names:
     H, W            image height and width in pixels, N instances of an image
@@ -9,11 +9,12 @@ Shapes and names:
     sample          {"file_name", "image_id", "height", "width" (as stored), "image" (3, H, W) uint8
                     in INPUT.FORMAT, and in training "gt_boxes" (N, 4) float32, "gt_classes" (N,)
                     int64, "gt_masks" list of N: float64 polygons or bool (H, W), if MASK_ON}
-    index, draw     which dataset dict; how many were drawn before it in this run
+    index           position of a dataset dict in its list
+    draw            number of samples drawn before this one in the run
 
-Nothing here keeps random state. The order of images follows from (seed, epoch) and the
-augmentation of one from (seed, draw), so a run that resumes at step k goes on as if it had
-never stopped, whatever the number of workers and of processes.
+Nothing here keeps random state. (seed, epoch) determines the order of images, and (seed, draw) the
+augmentation of one. So a run that resumes at step k continues as if it had never stopped, with any
+number of workers and processes.
 """
 
 from refbn_d2.engines.torchvision.data.datasets import (

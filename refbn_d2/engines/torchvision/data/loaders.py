@@ -1,4 +1,4 @@
-"""Batches of a detector's samples."""
+"""Build the loaders that yield batches of a detector's samples."""
 
 import logging
 import pickle
@@ -27,20 +27,21 @@ def build_train_loader(
     seed: int = 0,
     group_of: Sequence[Hashable] | None = None,
 ) -> DataLoader:
-    """Returns an endless loader of batches: lists of IMS_PER_BATCH // world_size samples.
+    """Return an endless loader of batches: lists of IMS_PER_BATCH // world_size samples.
+
+    With DATALOADER.ASPECT_RATIO_GROUPING a batch is all portrait or all landscape.
 
     Args:
-        start_iteration: batches that were used before; the loader goes on behind them.
+        start_iteration: number of batches already used; the loader continues after them.
         seed: of the order and the augmentations; the same in all processes.
-        group_of: one hashable an image of `dataset_dicts`; a batch is of one group only. By
-            default the images' domains with DATALOADER.BATCH_COMPOSITION "domain", else one group.
-            With DATALOADER.ASPECT_RATIO_GROUPING a batch is also all portrait or all landscape.
+        group_of: one hashable per image of `dataset_dicts`; all images of a batch have the same.
+            Default: with DATALOADER.BATCH_COMPOSITION "domain" the image's domain, else one group.
 
     Raises:
-        ConfigError: IMS_PER_BATCH is no multiple of world_size, or a value under INPUT is not
+        ConfigError: IMS_PER_BATCH is not a multiple of world_size, or a value under INPUT is not
             allowed.
-        DataError: no image is left after DATALOADER.FILTER_EMPTY_ANNOTATIONS, or with
-            BATCH_COMPOSITION "domain" an image has none; names it.
+        DataError: no image is left after DATALOADER.FILTER_EMPTY_ANNOTATIONS; or BATCH_COMPOSITION
+            is "domain", and an image has no domain (names the image).
     """
     if group_of is None and cfg.DATALOADER.BATCH_COMPOSITION == "domain":
         group_of = domains_of(dataset_dicts, cfg.DATALOADER.DOMAIN_FIELD)
@@ -53,9 +54,9 @@ def build_train_loader(
         logger.info("%d of %d images have objects", len(chosen), len(dataset_dicts))
     if not chosen:
         raise DataError(
-            f"none of {len(dataset_dicts)} training images is left: no image has an annotation "
-            "that is not a crowd (DATALOADER.FILTER_EMPTY_ANNOTATIONS = "
-            f"{cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS})"
+            f"none of the {len(dataset_dicts)} training images has an annotation that is not a "
+            "crowd, and DATALOADER.FILTER_EMPTY_ANNOTATIONS = "
+            f"{cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS}. Add annotations, or set it to False."
         )
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         chosen = [(d, (g, is_landscape(d))) for d, g in chosen]
@@ -67,16 +68,16 @@ def build_train_loader(
 
 
 def has_objects(dataset_dict: dict) -> bool:
-    """What DATALOADER.FILTER_EMPTY_ANNOTATIONS keeps: an object that is no crowd."""
+    """Return whether DATALOADER.FILTER_EMPTY_ANNOTATIONS keeps it: some object is not a crowd."""
     return any(not annotation.get("iscrowd") for annotation in dataset_dict["annotations"])
 
 
 def build_test_loader(
     cfg, dataset_dicts: list[dict], rank: int = 0, world_size: int = 1, batch_size: int = 1
 ) -> DataLoader:
-    """Returns a loader of lists of up to `batch_size` samples; each image once over all ranks.
+    """Return a loader of lists of up to `batch_size` samples; each image comes once over all ranks.
 
-    A batch holds images of one size, so that none is padded: results do not depend on
+    All images of a batch have the same size, so none is padded, and results do not depend on
     `batch_size`. Detectron2's is 1.
     """
     if batch_size < 1:
@@ -102,7 +103,7 @@ def _loader(cfg, dataset: "_MappedDicts", batches) -> DataLoader:
         num_workers=workers,
         collate_fn=_as_list,
         worker_init_fn=start_worker,
-        # its own generator: making an iterator must not move the model's random numbers
+        # A separate generator, so that a new iterator does not change the model's random numbers.
         generator=torch.Generator(),
     )
 
@@ -112,10 +113,10 @@ def _as_list(samples: list[dict]) -> list[dict]:
 
 
 class _MappedDicts(TorchDataset):
-    """Dataset dicts and what is made of them; indexed by (index, draw).
+    """Samples made of dataset dicts, indexed by (index, draw).
 
-    The dicts are kept pickled in one array: a worker that reads Python objects copies their
-    memory page by page, because it counts references, and COCO's annotations are gigabytes.
+    The dicts are kept pickled in one array. COCO's annotations take gigabytes, and a worker that
+    reads Python objects would copy their memory page by page, because it counts references.
     """
 
     def __init__(self, dicts: Sequence[dict], mapper: Mapper, seed: int):

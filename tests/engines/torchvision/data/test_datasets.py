@@ -1,4 +1,4 @@
-"""COCO files to dataset dicts: what is read, and what is refused."""
+"""COCO files become dataset dicts, or are refused."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ def annotation(id, image_id=7, category_id=18, bbox=(10, 10, 20, 20), **more):
 
 
 def coco():
-    """Two images and two classes, ids neither sorted nor contiguous."""
+    """Return two images and two classes, with ids that are neither sorted nor contiguous."""
     return {
         "images": [
             {"id": 9, "file_name": "b.jpg", "height": 60, "width": 40, "domain": "fog"},
@@ -254,7 +254,7 @@ def test_a_test_set_needs_no_annotations(tmp_path, caplog):
 
 @pytest.fixture
 def cfg(tmp_path):
-    """A config with the datasets one, two (the same) and other (a class renamed)."""
+    """Return a config with the data sets one, two (the same) and other (a class renamed)."""
     other = coco()
     other["categories"][0]["name"] = "wolf"
     register = []

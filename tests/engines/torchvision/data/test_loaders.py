@@ -1,4 +1,4 @@
-"""Order, groups, resumption and shares of batches."""
+"""The order, groups, resumption and shares of batches."""
 
 import copy
 import pickle
@@ -34,7 +34,7 @@ def config(*overrides):
 
 @pytest.fixture(scope="module")
 def dicts(tmp_path_factory):
-    """Pictures of noise, portrait and landscape; 3 has a crowd alone, 8 nothing."""
+    """Return pictures of noise, portrait and landscape; 3 has only a crowd, 8 has no objects."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     made = []
@@ -126,7 +126,9 @@ def test_images_without_objects_are_left_out_if_asked(dicts):
 
 
 def test_no_image_left_is_an_error(dicts):
-    with pytest.raises(ValueError, match="none of 2 training images is left.*FILTER_EMPTY"):
+    with pytest.raises(
+        ValueError, match="none of the 2 training images has an annotation.*FILTER_EMPTY"
+    ):
         build_train_loader(config(), [dicts[3], dicts[8]])
 
 
@@ -138,7 +140,7 @@ def test_an_error_in_a_worker_names_the_file(dicts, workers):
     iterator = iter(build_train_loader(config("DATALOADER.NUM_WORKERS", workers), gone))
     with pytest.raises(FileNotFoundError, match=r"\d+\.png\.gone \(image id 1\d\d\)"):
         next(iterator)
-    if workers:  # else torch waits 10 seconds for them when it is collected with the traceback
+    if workers:  # otherwise torch waits 10 seconds for them when it is collected with the traceback
         iterator._shutdown_workers()
 
 
@@ -203,7 +205,7 @@ def test_batch_size_of_evaluation_is_checked(dicts):
 
 
 def with_domains(dicts):
-    """Domains of 4, 4 and 3 images; some of either shape."""
+    """Return domains of 4, 4 and 3 images, portrait and landscape."""
     return [d | {"domain": "abc"[i % 3]} for i, d in enumerate(dicts)]
 
 

@@ -1,4 +1,4 @@
-"""Dataset dict to sample, against Detectron2's mapper and against first principles."""
+"""Dataset dicts become samples, as by Detectron2's mapper and by first principles."""
 
 import copy
 
@@ -33,7 +33,7 @@ def rle_of(mask):
 
 @pytest.fixture
 def dataset_dict(tmp_path):
-    """A noise picture with polygons (one in two parts), a run-length mask and a crowd."""
+    """Return a noise picture with polygons (one in two parts), a run-length mask and a crowd."""
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (H, W, 3), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "a.png")
@@ -127,7 +127,7 @@ def test_the_same_draw_gives_the_same_sample(dataset_dict):
 
 
 def test_objects_cut_away_are_dropped(dataset_dict):
-    """Whatever the window, those with pixels in it stay, with tight boxes."""
+    """Objects with pixels in the window stay, with tight boxes, for any window."""
     cfg = config(
         *("INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "absolute", "INPUT.CROP.SIZE", [20, 20]),
         *("INPUT.MIN_SIZE_TRAIN", (0,), "INPUT.RANDOM_FLIP", "none"),
@@ -151,7 +151,7 @@ def test_objects_cut_away_are_dropped(dataset_dict):
             if inside.sum() > 3:
                 classes.append(ann["category_id"])
             elif inside.any():
-                break  # a sliver: rasterised before or after the cut, it may or may not be there
+                break  # a sliver may vanish if it is rasterized after the cut
         else:
             assert sample["gt_classes"].tolist() == classes
             numbers.add(len(classes))
@@ -206,7 +206,7 @@ def test_a_wrong_format_is_named(key, value):
 
 
 def detectron2_sample(cfg, dataset_dict, transforms):
-    """Their mapper with our transforms, already drawn."""
+    """Map with Detectron2's mapper and our transforms, already drawn."""
     D2 = pytest.importorskip("detectron2.data")
     T = D2.transforms
     augmentations = []
@@ -247,7 +247,7 @@ def test_agrees_with_detectron2(dataset_dict, mask_format, flip, crop):
             (37, 60, 111),
         ),
     )
-    if mask_format == "polygon":  # theirs cannot mix run lengths with polygons
+    if mask_format == "polygon":  # Detectron2 cannot mix run lengths with polygons
         del dataset_dict["annotations"][2:]
     mapper = Mapper(cfg, is_train=True)
     for seed in range(8):
@@ -256,7 +256,7 @@ def test_agrees_with_detectron2(dataset_dict, mask_format, flip, crop):
         instances = theirs["instances"]
         assert torch.equal(ours["image"], theirs["image"])
         assert ours["gt_classes"].tolist() == instances.gt_classes.tolist()
-        exact = not (crop and mask_format)  # cut polygons begin at another corner than theirs
+        exact = not (crop and mask_format)  # cut polygons begin at another corner than Detectron2's
         np.testing.assert_allclose(
             ours["gt_boxes"].numpy(),
             instances.gt_boxes.tensor.numpy(),

@@ -1,4 +1,4 @@
-"""Augmentations: what they draw, and what the transforms do to pictures, masks and polygons."""
+"""The random draws of augmentations, and the transforms of pictures, masks and polygons."""
 
 import numpy as np
 import pytest
@@ -38,11 +38,11 @@ def draws(augmentation, h, w, times=400):
     return [augmentation(np.random.default_rng([7, i]), h, w) for i in range(times)]
 
 
-def star(rng, points=9, centre=(20, 15), radius=14):
-    """A concave polygon without self-intersection, (points, 2)."""
+def star(rng, points=9, center=(20, 15), radius=14):
+    """Return a concave polygon without self-intersection, (points, 2)."""
     angles = np.sort(rng.random(points)) * 2 * np.pi
     radii = radius * (0.3 + rng.random(points))
-    return np.stack([centre[0] + radii * np.cos(angles), centre[1] + radii * np.sin(angles)], 1)
+    return np.stack([center[0] + radii * np.cos(angles), center[1] + radii * np.sin(angles)], 1)
 
 
 def rasterize(polygons, h, w):
@@ -70,16 +70,16 @@ def test_an_unchanged_size_is_not_resampled():
 
 @pytest.mark.parametrize("transform", [t for t in TRANSFORMS if not isinstance(t, Resize)])
 def test_points_move_with_their_pixels(transform):
-    """The centre of a pixel stays the centre of the pixel of that colour."""
-    centres = np.array([[x + 0.5, y + 0.5] for y in range(30) for x in range(47)])
-    colours = PICTURE.reshape(-1, 3)
+    """The center of a pixel moves to the center of the pixel of the same color."""
+    centers = np.array([[x + 0.5, y + 0.5] for y in range(30) for x in range(47)])
+    colors = PICTURE.reshape(-1, 3)
     picture = transform.picture(PICTURE)
-    moved = transform.points(centres)
+    moved = transform.points(centers)
     h, w = picture.shape[:2]
     inside = ((moved >= 0) & (moved < (w, h))).all(axis=1)
     assert inside.sum() == h * w
     column, row = np.floor(moved[inside]).astype(int).T
-    np.testing.assert_array_equal(picture[row, column], colours[inside])
+    np.testing.assert_array_equal(picture[row, column], colors[inside])
 
 
 @pytest.mark.parametrize("window", [Crop(10, 4, 12, 15), Crop(0, 0, 30, 20), Crop(18, 10, 9, 9)])
@@ -273,7 +273,7 @@ def test_shapes_agree_with_detectron2():
     ],
 )
 def test_crop_sizes_agree_with_detectron2(kind, size, monkeypatch):
-    """Both are given the same uniform numbers."""
+    """Both get the same uniform numbers."""
     impl = pytest.importorskip("detectron2.data.transforms.augmentation_impl")
     ours, theirs = RandomCrop(kind, size), impl.RandomCrop(kind, size)
     for seed in range(50):

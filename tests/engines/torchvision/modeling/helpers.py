@@ -47,7 +47,7 @@ def config(overrides=FPN, norm=None):
 
 
 def make_samples(sizes=((64, 96), (80, 64)), objects=3):
-    """Noise with random triangles for objects."""
+    """Return images of noise, whose objects are random triangles."""
     rng = np.random.default_rng(0)
     samples = []
     for height, width in sizes:

@@ -1,4 +1,4 @@
-"""Pairs of models, ours and Detectron2's, of the same config; and images for both."""
+"""Pairs of models, ours and Detectron2's, of the same config, and images for both."""
 
 import functools
 from pathlib import Path
@@ -97,7 +97,7 @@ MODELS = {
 
 
 def configs(overrides):
-    """Our config and Detectron2's, of the same values."""
+    """Return our config and Detectron2's, with the same values."""
     from detectron2.config import get_cfg as get_detectron2_cfg
 
     common = ["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", K]
@@ -111,7 +111,7 @@ def configs(overrides):
 
 
 def fresh(name):
-    """Our model and Detectron2's; both channels last, so that the same kernels round alike."""
+    """Return our model and Detectron2's, both channels last, so that they use the same kernels."""
     from detectron2.modeling import build_model
 
     cfg, detectron2_cfg = configs(MODELS[name])
@@ -121,7 +121,7 @@ def fresh(name):
 
 @functools.cache
 def weights_of_many_detections(name):
-    """A state dict that makes many detections of different classes and scores."""
+    """Return a state dict that makes many detections of different classes and scores."""
     torch.manual_seed(3)
     model = fresh(name)[1].eval()
     for key, value in model.state_dict().items():
@@ -129,7 +129,7 @@ def weights_of_many_detections(name):
             value.uniform_(0.5, 1.0)
         elif key.endswith(("norm.bias", "running_mean")):
             value.normal_(0, 0.1)
-    # Predictors in the order they depend on each other, and the spread of their outputs.
+    # Predictors in the order in which they depend on each other, and the spread of their outputs.
     for spreads in (
         {"objectness_logits": 2.0, "anchor_deltas": 0.3},
         {"cls_score": 2.0, "bbox_pred": 1.0},
@@ -150,7 +150,7 @@ def weights_of_many_detections(name):
 
 
 def trained_weights(name):
-    """What 60 steps of SGD on the three images leave: the losses are half of what they were."""
+    """Return the weights after 60 steps of SGD on the three images, which halve the losses."""
     torch.manual_seed(0)
     model = fresh(name)[0].train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
@@ -167,7 +167,7 @@ def trained_weights(name):
 
 
 def make_samples(bitmask=False, empty=()):
-    """Three images of different sizes with 0 to 6 objects: triangles, some in two parts."""
+    """Return three images of different sizes with 0 to 6 triangles, some in two parts."""
     rng = np.random.default_rng(5)
     samples = []
     for i, (height, width) in enumerate([(96, 128), (120, 88), (64, 64)]):

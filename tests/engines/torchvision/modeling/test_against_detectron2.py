@@ -1,4 +1,4 @@
-"""The engine's R-CNN against Detectron2's own, with the same weights on the same images."""
+"""The engine's R-CNN against Detectron2's, with the same weights on the same images."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def _detectron2():
 
 @pytest.fixture
 def models(request):
-    """Our model and Detectron2's, with the same weights."""
+    """Return our model and Detectron2's, with the same weights."""
     with torch.no_grad():
         state = weights_of_many_detections(request.param)
     pair = fresh(request.param)
@@ -41,7 +41,7 @@ def models(request):
 
 @pytest.fixture
 def first_come_sampling(monkeypatch):
-    """Both sides sample the first candidates instead of random ones."""
+    """Make both models sample the first candidates instead of random ones."""
 
     def in_order(n, **kwargs):
         return torch.arange(n, device=kwargs.get("device"))
@@ -65,7 +65,7 @@ def close(first, second, tolerance):
 @pytest.mark.parametrize("models", MODELS, indirect=True)
 def test_detections_are_detectron2s(models):
     check_detections(*models)
-    # The comparison is worth something: many detections of several classes and scores.
+    # The comparison can fail: there are many detections of several classes and scores.
     with torch.no_grad():
         found = models[0](make_samples())
     assert all(f["pred_masks"].sum() > 5000 for f in found if "pred_masks" in f)
@@ -84,7 +84,7 @@ def test_detections_of_a_trained_model_are_detectron2s():
 
 @torch.no_grad()
 def check_detections(ours, theirs):
-    """Proposals, boxes, scores, classes and pasted masks of both models in eval mode."""
+    """Compare proposals, boxes, scores, classes and pasted masks of both models in eval mode."""
     ours.eval()
     theirs.eval()
     samples = make_samples()
@@ -158,8 +158,8 @@ def test_no_foreground_and_no_ground_truth_are_detectron2s(first_come_sampling):
 
 
 @pytest.mark.parametrize("name", ["mask_fpn", "mask_dc5_other_values"])
-def test_initialisation_is_detectron2s(name):
-    """The same seed gives the same weights, to the last bit: every layer is filled alike."""
+def test_initialization_is_detectron2s(name):
+    """The same seed gives the same weights, to the last bit."""
     from detectron2.modeling import build_model
 
     cfg, detectron2_cfg = configs([*MODELS[name], "MODEL.BACKBONE.FREEZE_AT", 0])
@@ -210,7 +210,7 @@ def test_names_shapes_and_freezing_are_detectron2s(norm, freeze_at, others):
 
 
 def awkward_boxes(count, rng, width, height):
-    """Ordinary ones, one of 0.05 pixels, and one partly outside of the image."""
+    """Return ordinary boxes, one of 0.05 pixels, and one partly outside of the image."""
     low = rng.uniform(-5, [width - 20, height - 20], (count, 2))
     size = rng.uniform(2, 60, (count, 2))
     size[0] = 0.05
@@ -226,10 +226,10 @@ def test_mask_targets_are_detectron2s(bitmask):
     near = sample["gt_boxes"][pick] + torch.from_numpy(rng.normal(0, 4, (40, 4))).float()
     near[:, 2:] = torch.maximum(near[:, 2:], near[:, :2] + 3)
     near[:8] = awkward_boxes(8, rng, 88, 120)
-    for i in range(8, 16):  # tiny ones, across the object's upper edge
+    for i in range(8, 16):  # tiny boxes across the object's upper edge
         x0, y0, x1, y1 = sample["gt_boxes"][pick[i]].tolist()
-        centre = torch.tensor([(x0 + x1) / 2, y0 + (y1 - y0) / 6] * 2)
-        near[i] = centre + torch.tensor([-1, -1, 1, 1]) * 0.02 * (i - 7)
+        center = torch.tensor([(x0 + x1) / 2, y0 + (y1 - y0) / 6] * 2)
+        near[i] = center + torch.tensor([-1, -1, 1, 1]) * 0.02 * (i - 7)
     expected = instances.gt_masks[pick].crop_and_resize(near, 28)
     ours = mask_targets([sample["gt_masks"][i] for i in pick.tolist()], near, 28)
     assert ours.equal(expected) and 0.1 < expected.float().mean() < 0.9

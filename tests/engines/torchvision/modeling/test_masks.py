@@ -6,7 +6,7 @@ import torch
 from refbn_d2.engines.torchvision.modeling.masks import mask_targets, paste_masks
 
 
-def test_pasted_masks_are_bilinear_samples_at_pixel_centres():
+def test_pasted_masks_are_bilinear_samples_at_pixel_centers():
     rng = np.random.default_rng(0)
     masks = rng.random((3, 4, 4))
     boxes = np.array([[2.3, 1.1, 9.7, 8.4], [-3.0, 4.0, 4.0, 15.0], [5.2, 5.2, 5.9, 6.0]])
@@ -31,7 +31,7 @@ def test_pasted_masks_are_bilinear_samples_at_pixel_centres():
 
 
 def test_mask_targets_show_the_object_within_the_box():
-    """A rectangle as polygon, as two polygons and as bitmask; and an object without polygons."""
+    """A rectangle is a polygon, two polygons or a bitmask; another object has no polygons."""
     whole = [np.array([10.0, 10, 30, 10, 30, 40, 10, 40])]
     halves = [
         np.array([10.0, 10, 20, 10, 20, 40, 10, 40]),

@@ -13,7 +13,7 @@ LOSSES = {"loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc
 
 
 def test_mask_rcnn_r50_fpn_has_the_parameters_of_detectron2s_zoo():
-    """Counts from Detectron2's state dict of mask_rcnn_R_50_FPN_1x."""
+    """The counts are those of Detectron2's state dict of mask_rcnn_R_50_FPN_1x."""
     cfg = get_cfg()
     cfg.merge_from_list(["MODEL.MASK_ON", True, "MODEL.FPN.OUT_CHANNELS", 256])
     for key, value in zip(FPN[::2], FPN[1::2], strict=True):
@@ -50,7 +50,7 @@ def test_every_norm_trains_a_step(norm, dtype, caplog):
 
 
 def test_bfloat16_losses_are_near_those_of_float32():
-    """The RoIs are the ground truth alone: rounding must not choose others."""
+    """The RoIs are only the ground truth, so that rounding cannot choose others."""
     model = build_model(config(norm="GN")).train()
     model.proposal_generator.options.POST_NMS_TOPK_TRAIN = 0
     found = []
@@ -90,7 +90,7 @@ def test_missing_ground_truth_leaves_every_parameter_a_gradient(overrides, case)
 
 
 def test_losses_of_constant_predictions_are_known():
-    """All logits 0: cross-entropies are ln 2 and ln(K + 1), normalisers count the samples."""
+    """All logits are 0: cross-entropies are ln 2 and ln(K + 1), normalizers count samples."""
     doubled = ["RPN.LOSS_WEIGHT", "ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT", "RPN.BBOX_REG_LOSS_WEIGHT"]
     found = []
     for weights in ((1.0, 1.0, 1.0), (2.0, 3.0, 1.0), (1.0, 1.0, 5.0)):
@@ -117,7 +117,7 @@ def test_losses_of_constant_predictions_are_known():
     assert loc_weighted == pytest.approx({**first, "loss_rpn_loc": 5 * first["loss_rpn_loc"]})
 
 
-def test_a_batch_is_normalised_padded_with_zeros_and_channels_last():
+def test_a_batch_is_normalized_padded_with_zeros_and_channels_last():
     model = build_model(config())
     samples = make_samples()
     batch, sizes = model.preprocess_image(samples)
@@ -130,7 +130,7 @@ def test_a_batch_is_normalised_padded_with_zeros_and_channels_last():
 
 
 def test_detections_do_not_depend_on_the_other_images():
-    """GN couples no images: an image's detections stay when its neighbour of equal size changes."""
+    """GN couples no images: detections stay the same if another image of equal size changes."""
     torch.manual_seed(0)
     cfg = config([*FPN, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0], "GN")
     model = build_model(cfg).eval()
@@ -151,7 +151,7 @@ def test_detections_do_not_depend_on_the_other_images():
 
 
 def test_no_detections_have_the_usual_shapes():
-    """Where no score reaches the threshold, and where all boxes lie outside of the image."""
+    """No score reaches the threshold, or all boxes are outside of the image."""
     for threshold, shift in ((0.999, 0.0), (0.0, 1000.0)):
         model = build_model(config([*FPN, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", threshold])).eval()
         with torch.no_grad():

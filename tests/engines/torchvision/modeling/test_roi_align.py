@@ -8,7 +8,7 @@ from refbn_d2.engines.torchvision.modeling.roi_align import roi_align
 @pytest.mark.parametrize("ratio", [0, 2])
 @pytest.mark.parametrize("aligned", [True, False])
 def test_roi_aligns_gradient_is_torchvisions(ratio, aligned):
-    """RoIs of all sizes, many in one image and none in another, some outside of the map."""
+    """RoIs have all sizes, some outside of the map; one image has many, another has none."""
     torch.manual_seed(0)
     low = torch.rand(150, 2) * torch.tensor([90.0, 60]) - 15
     boxes = torch.cat([low, low + torch.rand(150, 2) * 80], dim=1)
