@@ -39,7 +39,7 @@ def test_what_is_read(content, written):
         ({"seeds": [1, 1]}, r"seeds: \[1, 1\] names a seed twice"),
         ({"seeds": 3}, r"seeds: is 3; write a list"),
         ({"seeds": []}, r"seeds: is missing"),
-        ({"norms": {"a,b": {}}}, r"the name 'a,b' may not hold"),
+        ({"norms": {"a,b": {}}}, r"the name 'a,b' must not contain"),
         ({"overrides": {"SEED": 3}}, r"SEED is set by the study itself"),
         ({"overrides": {"SOLVER": {"BASE_LR": 1}}}, r"write full keys"),
         ({"norms": {"BN": {"pretrain": {"A.B": 1}}}}, r"no section `pretrain`"),
