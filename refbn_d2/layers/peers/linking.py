@@ -1,7 +1,7 @@
 """Find the convolution before a norm, from the structure of a built model."""
 
 from collections import Counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -33,7 +33,9 @@ def preceding_convolutions(
             norms are named.
     """
     uses = Counter(m for _, m in model.named_modules(remove_duplicate=False))
-    owners = Counter(p for m in model.modules() for p in m._parameters.values() if p is not None)
+    owners: Counter[Any] = Counter(
+        p for m in model.modules() for p in m._parameters.values() if p is not None
+    )
     found: dict[str, tuple[Norm, nn.Conv2d]] = {}
     refused = []
     for name, norm in model.named_modules():
