@@ -203,3 +203,26 @@ def test_the_metric_is_cocos_at_100_unless_asked(detectron2_cfg):
         detectron2_cfg.TEST.MAX_DETS_PER_IMAGE = limit
         evaluator = Trainer.build_evaluator(detectron2_cfg, "tiny_val")
         assert evaluator._max_dets_per_image == [1, 10, limit]
+
+
+LAZY = """
+train = dict(device="cpu", amp=dict(enabled=False), output_dir="output")
+dataloader = dict(
+    train=dict(total_batch_size=3, dataset=dict(names="nowhere")),
+    test=dict(dataset=dict(names="nowhere")),
+)
+"""
+
+
+def test_lazyconfig_says_it_in_one_line_too(tmp_path, monkeypatch):
+    from refbn_d2.engines.detectron2 import lazyconfig
+
+    monkeypatch.setattr(lazyconfig, "launch", lambda *arguments: pytest.fail("workers started"))
+    config = tmp_path / "lazy.py"
+    config.write_text(LAZY)
+    for override, message in (
+        ([], "total_batch_size = 3 cannot be split evenly over 2 workers"),
+        (["dataloader.train.total_batch_size=2"], "no dataset is called 'nowhere'"),
+    ):
+        with pytest.raises(RefBNError, match=message):
+            lazyconfig.run(arguments(config, override, num_gpus=2))
