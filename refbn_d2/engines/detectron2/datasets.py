@@ -7,6 +7,7 @@ instead, for training and evaluation.
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,11 +70,15 @@ def repaired_datasets(
     evaluation, where `train` is ().
     """
     undo = []
+    stale = {repaired_file(output_dir, name) for name in (*train, *test)}  # of an earlier run
     try:
         for file in _changed(train, test, trained or train, masks):
             path = repaired_file(output_dir, file.name)
             write_text(path, json.dumps(file.content))
+            stale.discard(path)
             undo.append(_redirect(file.name, path))
+        for path in stale:
+            path.unlink(missing_ok=True)
         yield
     finally:
         for restore in undo:
@@ -139,7 +144,7 @@ def _read(name: str, masks: bool, annotated: bool = True) -> CocoFile:
     if annotated and not file.content["annotations"]:
         raise DataError(f"{file.where}: no usable annotation")
     root = MetadataCatalog.get(name).get("image_root", "")
-    paths = [f"{root}/{image['file_name']}" for image in file.content["images"]]
+    paths = [os.path.join(root, image["file_name"]) for image in file.content["images"]]
     check_pictures(paths, file.where)
     return file
 
