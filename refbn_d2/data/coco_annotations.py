@@ -34,6 +34,7 @@ NO_MASK = "had a null or empty segmentation; they are read as without one"
 CROWD_MASK = "are crowds without a segmentation; their boxes are taken for it"
 RENUMBERED = "had no usable id, or 0, which COCO's evaluation cannot count; they get new ids"
 
+_FLAT_SIDE = 1e-5  # pixels: Detectron2 does not train on boxes that are as thin
 _MISSING = object()
 
 
@@ -100,8 +101,8 @@ def _is_correct(ann, images: Mapping, category_ids: Collection, masks: bool) -> 
             and 0 <= crowd <= 1
             and -1 <= x < width
             and -1 <= y < height
-            and 0 < w <= width + 1 - x
-            and 0 < h <= height + 1 - y
+            and _FLAT_SIDE < w <= width + 1 - x
+            and _FLAT_SIDE < h <= height + 1 - y
             and x + w > 0
             and y + h > 0
             and 0 <= ann["area"] < math.inf
@@ -335,7 +336,7 @@ class _Repair:
                 "has bbox {}; it should be [x, y, width, height]: 4 finite numbers, width and "
                 "height not negative", value,
             )  # fmt: skip
-        if w == 0 or h == 0:
+        if min(w, h) <= _FLAT_SIDE:
             return None
         width, height = self.image["width"], self.image["height"]
         right, bottom = x + w, y + h

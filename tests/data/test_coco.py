@@ -106,7 +106,13 @@ def test_fields_that_are_missing_are_filled_in(tmp_path):
 
 
 def test_what_is_left_out_is_not_in_the_truth(tmp_path):
-    for values in ({"bbox": [1, 1, 0, 5]}, {"segmentation": [[1, 2, 3, 4]]}, {"image_id": 99}):
+    thin = {"bbox": [1, 1, 5, 1e-30]}
+    for values in (
+        {"bbox": [1, 1, 0, 5]},
+        thin,
+        {"segmentation": [[1, 2, 3, 4]]},
+        {"image_id": 99},
+    ):
         file = read(tmp_path, changed(**values))
         assert [ann["id"] for ann in file.content["annotations"]] == [2, 3]
         assert list(file.repairs.values()) == [[1]]

@@ -70,9 +70,10 @@ def check(content, tmp_path):
     truth = write(tmp_path, json.dumps(file.content), "repaired.json")
     assert read_coco(truth, "mine", masks=True).repairs == {}, "a repaired file is correct"
     ids = {contiguous: key for key, contiguous in file.id_map().items()}
+    box_of = {ann["id"]: ann["bbox"] for ann in file.content["annotations"]}
     found = [
         {"image_id": d["image_id"], "category_id": ids[a["category_id"]], "score": 0.9}
-        | {"bbox": a["bbox"]}
+        | {"bbox": box_of[a["id"]]}
         for d in dicts
         for a in d["annotations"]
         if not a["iscrowd"]
