@@ -90,7 +90,7 @@ def test_mutated_files(tmp_path, content):
 
 
 @pytest.mark.slow
-@settings(max_examples=20_000, **SETTINGS)
+@settings(max_examples=5_000, **SETTINGS)
 @given(mutated())
 def test_many_mutated_files(tmp_path, content):
     check(content, tmp_path)
