@@ -70,7 +70,7 @@ class RefBNOptions:
 
 
 def add_refbn_config(cfg) -> None:
-    """Add MODEL.REFBN, DATASETS.REGISTER and how training batches are made up to `cfg`, in place.
+    """Add MODEL.REFBN and the other keys that Detectron2 does not have to `cfg`, in place.
 
     `cfg` is Detectron2's CfgNode or ours.
     """
@@ -80,6 +80,8 @@ def add_refbn_config(cfg) -> None:
     # Training batches: "iid", or "domain": all images of a batch are of one domain.
     cfg.DATALOADER.BATCH_COMPOSITION = "iid"
     cfg.DATALOADER.DOMAIN_FIELD = "domain"  # of the json's images; or a camera's or video's id
+    # Detections of an image and class that count in COCO's AP; TEST.DETECTIONS_PER_IMAGE cuts them.
+    cfg.TEST.MAX_DETS_PER_IMAGE = 100
 
 
 def add_refbn_model_config(cfg) -> None:

@@ -4,18 +4,15 @@ import numpy as np
 import pycocotools.mask as mask_util
 
 
-def decode_mask(counts: str | bytes, h: int, w: int) -> np.ndarray:
-    """Decode COCO's run lengths to a uint8 (h, w) mask, 1 inside.
+def run_lengths(counts: str | bytes, pixels: int) -> np.ndarray:
+    """Decode COCO's run lengths to int64 (runs,): lengths of 0s and 1s in turn, column by column.
 
-    Lengths of 0s and 1s alternate, column by column. Each is stored in characters of 5 bits, lowest
-    first. Bit 5 says that more characters follow; bit 4 of the last character is the sign. From the
-    fourth length on, the stored value is the difference from the length two before.
-
-    pycocotools reads this too, but if a string is broken, it leaves the remaining pixels
-    uninitialized.
+    Each is stored in characters of 5 bits, lowest first. Bit 5 says that more characters follow;
+    bit 4 of the last character is the sign. From the fourth length on, the stored value is the
+    difference from the length two before.
 
     Raises:
-        ValueError: the lengths do not add up to h w.
+        ValueError: the lengths do not add up to `pixels`.
     """
     text = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8)
     codes = text.astype(np.int64) - 48
@@ -29,8 +26,21 @@ def decode_mask(counts: str | bytes, h: int, w: int) -> np.ndarray:
         runs -= np.where(codes[ends] & 16, 1 << np.minimum(5 * sizes, 60), 0)
         runs[1::2] = runs[1::2].cumsum()
         runs[2::2] = runs[2::2].cumsum()
-    if not whole or runs.min() < 0 or runs.sum() != h * w:
-        raise ValueError(f"its run lengths do not add up to its {h * w} pixels")
+    if not whole or runs.min() < 0 or runs.sum() != pixels:
+        raise ValueError(f"its run lengths do not add up to its {pixels} pixels")
+    return runs
+
+
+def decode_mask(counts: str | bytes, h: int, w: int) -> np.ndarray:
+    """Decode COCO's run lengths to a uint8 (h, w) mask, 1 inside.
+
+    pycocotools reads this too, but if a string is broken, it leaves the remaining pixels
+    uninitialized.
+
+    Raises:
+        ValueError: the lengths do not add up to h w.
+    """
+    runs = run_lengths(counts, h * w)
     inside = (np.arange(len(runs)) % 2).astype(np.uint8)
     return np.repeat(inside, runs).reshape(w, h).T
 

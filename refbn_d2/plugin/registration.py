@@ -254,6 +254,7 @@ def _add_keys(cfg) -> Callable[[], None]:
     def undo() -> None:
         del cfg.MODEL["REFBN"], cfg.DATASETS["REGISTER"]
         del cfg.DATALOADER["BATCH_COMPOSITION"], cfg.DATALOADER["DOMAIN_FIELD"]
+        del cfg.TEST["MAX_DETS_PER_IMAGE"]
 
     return undo
 
@@ -289,7 +290,8 @@ def register_datasets(cfg) -> None:
             _undo.append(_add_dataset(name))
             continue
         metadata = MetadataCatalog.get(name)
-        known = [metadata.get("json_file"), metadata.get("image_root")]
+        json_file = metadata.get("source_json_file", metadata.get("json_file"))  # if repaired
+        known = [json_file, metadata.get("image_root")]
         if [Path(file or "") for file in known] != [Path(file) for file in files]:
             raise ConfigError(
                 f"DATASETS.REGISTER: {name!r} is a dataset of Detectron2's already ({known[0]}, "

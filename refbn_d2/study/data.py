@@ -22,6 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from refbn_d2.data import catalog, shapes
+from refbn_d2.data.coco import read_coco
 from refbn_d2.data.corruptions import corrupt
 from refbn_d2.data.images import read_image
 from refbn_d2.study.spec import Study, closest
@@ -153,7 +154,7 @@ class DetectionSets(Sets):
     def domains(self) -> dict[int, str | None]:
         """Return {image id in the test set: its domain}."""
         field = self.cfg.DATALOADER.DOMAIN_FIELD
-        return {image["id"]: image.get(field) for image in _read(self.test.json_file)["images"]}
+        return {image["id"]: image.get(field) for image in _read(self.test)["images"]}
 
     def digests(self) -> dict[str, str]:
         return {
@@ -163,7 +164,7 @@ class DetectionSets(Sets):
 
     def make(self, hold_outs: Sequence[str | None]) -> None:
         data, field = self.study.data, self.cfg.DATALOADER.DOMAIN_FIELD
-        content = _read(self.source["train"].json_file)
+        content = _read(self.source["train"])
         domains = [image.get(field) for image in content["images"]]
         if (self.study.evaluate.domains or any(hold_outs)) and None in domains:
             image = content["images"][domains.index(None)]
@@ -182,7 +183,7 @@ class DetectionSets(Sets):
                 ]
                 _write(content, kept, dataset.json_file)
         if self.test is not self.source["test"] and not self.test.json_file.exists():
-            whole = content if held is not None else _read(self.source["test"].json_file)
+            whole = content if held is not None else _read(self.source["test"])
             images = [whole["images"][i] for i in held] if held is not None else whole["images"]
             chosen = stratified([image.get(field) for image in images], data.test_images)
             _write(whole, [images[i] for i in chosen], self.test.json_file)
@@ -192,7 +193,7 @@ class DetectionSets(Sets):
         missing = {k: d for k, d in self.corrupted.items() if not d.json_file.exists()}
         if not missing:
             return
-        content = _read(self.test.json_file)
+        content = _read(self.test)
         groups = [image.get(field) for image in content["images"]]
         images = [content["images"][i] for i in stratified(groups, self.study.evaluate.images)]
         for label, dataset in tqdm(missing.items(), "corrupting pictures", disable=None):
@@ -344,20 +345,18 @@ def _file(label: str) -> str:
     return label.replace("/", "_")
 
 
-def _read(json_file: Path) -> dict:
-    try:
-        content = json.loads(json_file.read_text())
-        images = content["images"]
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{json_file} does not exist; set the environment variable DETECTRON2_DATASETS to the "
-            "folder of the data sets (default: ./datasets)"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{json_file} is not in COCO's format: {error!r}") from error
-    if not images:
-        raise DataError(f"{json_file} has no pictures: its list `images` must not be empty")
-    return content
+def _read(dataset: catalog.Dataset) -> dict:
+    """Return the content of a set's file, repaired as a run repairs it, with all of its fields.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        DataError: it is not in COCO's format, or has no pictures.
+    """
+    file = read_coco(dataset.json_file, dataset.name, annotated=False)
+    file.warn()
+    if not file.content["images"]:
+        raise DataError(f"{dataset.json_file} has no pictures: its list `images` must not be empty")
+    return file.content
 
 
 def _write(content: dict, images: list[dict], path: Path) -> None:

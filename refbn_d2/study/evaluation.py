@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from refbn_d2.data.coco import truth_file
 from refbn_d2.metrics.bootstrap import Matches, match_images
 from refbn_d2.metrics.statistics import mean_performance_under_corruption, steps_to
 from refbn_d2.study.data import ClassificationSets, DetectionSets
@@ -114,7 +115,8 @@ def _by_task(evaluate: Evaluate) -> dict[str, list[str]]:
 def clean_matches(sets: DetectionSets, job: Job, task: str) -> Matches:
     """Return the matches of a run's detections on the whole test set."""
     results = _read(job.folder / "inference" / "coco_instances_results.json")
-    return match_images(sets.test.json_file, results, task, job.tags["max_dets"])
+    truth = truth_file(job.folder, sets.test.name, sets.test.json_file)
+    return match_images(truth, results, task, job.tags["max_dets"])
 
 
 def _ap(matches: Matches, image_ids: list[int], metric: str) -> Measured:
@@ -130,7 +132,8 @@ def _corrupted(sets: DetectionSets, job: Job, task: str, clean: Matches) -> dict
         folder = job.folder / "corrupted" / "inference"
         folder = folder / dataset.name if len(sets.corrupted) > 1 else folder
         results = _read(folder / "coco_instances_results.json")
-        matches = match_images(dataset.json_file, results, task, job.tags["max_dets"])
+        truth = truth_file(job.folder / "corrupted", dataset.name, dataset.json_file)
+        matches = match_images(truth, results, task, job.tags["max_dets"])
         name, severity = label.split("/")
         ids = matches.image_ids
         by_name[name][int(severity)] = matches.ap()

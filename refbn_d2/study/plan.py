@@ -185,7 +185,7 @@ class Plan:
         return Job(
             f"run/{norm.name}/{condition.name}/{seed}", folder, tuple(stages), plain(recipe),
             pretraining.id if pretraining else "", norm.name, condition.name, seed,
-            {"max_dets": cfg.TEST.DETECTIONS_PER_IMAGE} if study.task == "detection" else {},
+            {"max_dets": cfg.TEST.MAX_DETS_PER_IMAGE} if study.task == "detection" else {},
         )  # fmt: skip
 
     def _predicted_on(self) -> dict[str, Any]:

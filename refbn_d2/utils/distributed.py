@@ -88,6 +88,13 @@ def launch(
             signal.signal(number, handler)
 
 
+def planned_world_size(num_gpus_per_machine: int, num_machines: int) -> int:
+    """Return the number of workers that `launch` starts, or that torchrun has started."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return max(1, num_machines * num_gpus_per_machine)
+
+
 def _pass_on(number: int, processes: list) -> None:
     for process in processes:
         if process.is_alive():

@@ -9,7 +9,10 @@ from refbn_d2.config import add_refbn_config, get_cfg, refbn_options
 
 pytestmark = pytest.mark.detectron2
 
-OWN = ("DATASETS.REGISTER", "DATALOADER.BATCH_COMPOSITION", "DATALOADER.DOMAIN_FIELD")
+OWN = (
+    "DATASETS.REGISTER", "DATALOADER.BATCH_COMPOSITION", "DATALOADER.DOMAIN_FIELD",
+    "TEST.MAX_DETS_PER_IMAGE",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ def foreign_cfg():
     cfg.MODEL = CfgNode()
     cfg.DATASETS = CfgNode()
     cfg.DATALOADER = CfgNode()
+    cfg.TEST = CfgNode()
     return cfg
 
 

@@ -32,6 +32,7 @@ from torch import nn
 
 from refbn_d2.config import ConfigError, RefBNOptions
 from refbn_d2.config.refbn import LAYER_OPTIONS
+from refbn_d2.engines.detectron2.datasets import check_datasets, repaired_datasets
 from refbn_d2.engines.detectron2.trainer import (
     Checkpointer,
     Curves,
@@ -44,7 +45,7 @@ from refbn_d2.layers import has_refbn
 from refbn_d2.plugin.hook import ReferenceBatchHook, unwrapped
 from refbn_d2.training.output_dir import check_not_overwritten
 from refbn_d2.utils.device import resolve_device
-from refbn_d2.utils.distributed import launch
+from refbn_d2.utils.distributed import launch, planned_world_size
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,16 @@ def run(args: argparse.Namespace) -> None:
     """
     cfg = _config(args.config_file, tuple(args.opts))
     _options(cfg)
+    workers = planned_world_size(args.num_gpus, args.num_machines)
+    batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
+    if batch and batch % workers and not args.eval_only:
+        raise ConfigError(
+            f"dataloader.train.total_batch_size = {batch} cannot be split evenly over {workers} "
+            f"workers; allowed: {workers}, {2 * workers}, {3 * workers}, ..."
+        )
+    if workers > 1:  # a single worker reads the data itself, before it builds anything
+        train, test = _datasets(cfg)
+        check_datasets(() if args.eval_only else train, test)
     launch(
         _main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url,
         torch.device(cfg.train.device).type, (args,),
@@ -72,6 +83,13 @@ def _config(file: str, overrides: tuple[str, ...]) -> DictConfig:
         logger.warning("train.amp needs CUDA in Detectron2: training in float32 on the CPU.")
         cfg.train.amp.enabled = False
     return cfg
+
+
+def _datasets(cfg: DictConfig) -> list[tuple[str, ...]]:
+    """The names that Detectron2's get_detection_dataset_dicts gets in training and in test."""
+    parts = ("dataloader.train.dataset.names", "dataloader.test.dataset.names")
+    found = (OmegaConf.select(cfg, part) or () for part in parts)
+    return [(names,) if isinstance(names, str) else tuple(names) for names in found]
 
 
 def _options(cfg: DictConfig) -> RefBNOptions | None:
@@ -95,6 +113,13 @@ def _main(args: argparse.Namespace) -> None:
     comm.synchronize()
     default_setup(cfg, args)
     setup_log(cfg.train.output_dir)
+    train, test = _datasets(cfg)
+    used = () if args.eval_only else train
+    with repaired_datasets(used, test, cfg.train.output_dir, train):
+        _run(cfg, args)
+
+
+def _run(cfg: DictConfig, args: argparse.Namespace) -> None:
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
         model = defaults.create_ddp_model(model)

@@ -44,11 +44,14 @@ from refbn_d2 import plugin
 from refbn_d2.checkpoint.files import load_checkpoint
 from refbn_d2.checkpoint.loading import load_weights
 from refbn_d2.checkpoint.source import parse_source
+from refbn_d2.config.checks import check_batch, warn_frozen_from_scratch
 from refbn_d2.config.resume import FREE_IN_DETECTION
+from refbn_d2.engines.detectron2.datasets import check_datasets, repaired_datasets
 from refbn_d2.plugin.hook import unwrapped
+from refbn_d2.plugin.registration import register_datasets
 from refbn_d2.training.output_dir import check_output_dir, check_resumable, last_checkpoint_name
 from refbn_d2.utils.device import resolve_device
-from refbn_d2.utils.distributed import launch
+from refbn_d2.utils.distributed import launch, planned_world_size
 from refbn_d2.utils.errors import ConfigError, DataError, DivergedError
 from refbn_d2.visualization.curves import plot_curves
 from refbn_d2.visualization.samples import SAMPLES_SHOWN, draw_samples, sample_item
@@ -65,6 +68,12 @@ def run(args: argparse.Namespace) -> None:
         ConfigError: a key that Detectron2 does not know, or a value of the wrong type.
     """
     cfg = _config(args)
+    register_datasets(cfg)
+    workers = planned_world_size(args.num_gpus, args.num_machines)
+    if not args.eval_only:
+        check_batch(cfg, workers)
+    if workers > 1:  # a single worker reads the data itself, before it builds anything
+        check_datasets(*_datasets(cfg, args), masks=cfg.MODEL.MASK_ON)
     launch(
         _main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url,
         torch.device(cfg.MODEL.DEVICE).type, (cfg, args),
@@ -86,6 +95,10 @@ def _config(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
+def _datasets(cfg: CfgNode, args: argparse.Namespace) -> tuple[Sequence[str], Sequence[str]]:
+    return () if args.eval_only else cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
+
+
 def _main(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Run in every worker."""
     join_workers(cfg.MODEL.DEVICE, args)
@@ -94,6 +107,14 @@ def _main(cfg: CfgNode, args: argparse.Namespace) -> None:
     comm.synchronize()  # so that all workers have read the old config.yaml
     default_setup(cfg, args)
     setup_log(cfg.OUTPUT_DIR)
+    register_datasets(cfg)
+    train, test = _datasets(cfg, args)
+    trained, masks = cfg.DATASETS.TRAIN, cfg.MODEL.MASK_ON
+    with repaired_datasets(train, test, cfg.OUTPUT_DIR, trained, masks):
+        _run(cfg, args)
+
+
+def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, args.allow_partial_weights)
@@ -104,6 +125,8 @@ def _main(cfg: CfgNode, args: argparse.Namespace) -> None:
         if comm.is_main_process():
             verify_results(cfg, results)
         return
+    if not (args.resume and last_checkpoint_name(Path(cfg.OUTPUT_DIR))):
+        warn_frozen_from_scratch(cfg)
     trainer = Trainer(cfg, args.allow_partial_weights)
     trainer.resume_or_load(resume=args.resume)
     with divergence(cfg.OUTPUT_DIR):
@@ -171,7 +194,7 @@ class Trainer(DefaultTrainer):
         folder = output_folder or f"{cfg.OUTPUT_DIR}/inference"
         if len(cfg.DATASETS.TEST) > 1:  # a folder each, as on the torchvision engine
             folder = f"{folder}/{dataset_name}"
-        return build_evaluator(dataset_name, folder)
+        return build_evaluator(dataset_name, folder, cfg.TEST.MAX_DETS_PER_IMAGE)
 
     @classmethod
     def test(
@@ -193,15 +216,20 @@ class Trainer(DefaultTrainer):
         return {f"{task}_TTA": metrics for task, metrics in results.items()}
 
 
-def build_evaluator(dataset_name: str, output_folder: str) -> DatasetEvaluator:
+def build_evaluator(dataset_name: str, output_folder: str, max_dets: int = 100) -> DatasetEvaluator:
     """Return the evaluator for a data set's type, as Detectron2's script does.
+
+    Args:
+        max_dets: detections of an image and class that count in COCO's AP.
 
     Raises:
         ConfigError: there is no evaluator for this type; names it.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     semantic = functools.partial(SemSegEvaluator, output_dir=output_folder)
-    coco = functools.partial(COCOEvaluator, output_dir=output_folder)
+    # None is Detectron2's way to say 100, at which it prints COCO's own table.
+    limit = None if max_dets == 100 else max_dets
+    coco = functools.partial(COCOEvaluator, output_dir=output_folder, max_dets_per_image=limit)
     panoptic = functools.partial(COCOPanopticEvaluator, output_dir=output_folder)
     by_kind = {
         "coco": [coco],

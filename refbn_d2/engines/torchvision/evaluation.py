@@ -2,13 +2,19 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from refbn_d2.engines.torchvision.data import LoadedDataset, build_test_loader, load_test_dicts
+from refbn_d2.engines.torchvision.data import (
+    LoadedDataset,
+    build_test_loader,
+    load_test_dicts,
+    train_class_names,
+)
 from refbn_d2.metrics import coco_ap
 from refbn_d2.utils import distributed
 from refbn_d2.utils.file_io import write_text
@@ -20,14 +26,23 @@ logger = logging.getLogger(__name__)
 class Evaluator:
     """Run a model over DATASETS.TEST, and write detections and pictures into `output_dir`.
 
+    Args:
+        class_names: the training set's, to match by name; None: read from DATASETS.TRAIN.
+
     Raises:
         ConfigError, DataError, FileNotFoundError: a test set cannot be used. All test sets are read
             here, so that errors show before a training and not after it.
     """
 
-    def __init__(self, cfg, output_dir: Path) -> None:
+    def __init__(self, cfg, output_dir: Path, class_names: Sequence[str] | None = None) -> None:
         self.cfg, self.output_dir = cfg, output_dir
-        self.datasets = {name: load_test_dicts(cfg, name) for name in cfg.DATASETS.TEST}
+        if class_names is None and cfg.DATASETS.TEST:
+            class_names = train_class_names(cfg)
+        self.datasets = {
+            name: load_test_dicts(cfg, name, class_names) for name in cfg.DATASETS.TEST
+        }
+        for data in self.datasets.values():
+            data.check_pictures()
 
     def __call__(self, model: nn.Module) -> dict[str, dict]:
         """Return {dataset: {"bbox": {"AP": ...}, "segm": ...}} on worker 0, {} on the others."""
@@ -52,7 +67,11 @@ class Evaluator:
                 continue
             tasks = ("bbox", "segm") if self.cfg.MODEL.MASK_ON else ("bbox",)
             result = coco_ap.evaluate(
-                data.json_file, found, tasks, data.class_names, self.cfg.TEST.DETECTIONS_PER_IMAGE
+                data.write_truth(self.output_dir),
+                found,
+                tasks,
+                data.class_names,
+                self.cfg.TEST.MAX_DETS_PER_IMAGE,
             )
             logger.info("%s:\n%s", name, coco_ap.format_table(result))
             if not results:

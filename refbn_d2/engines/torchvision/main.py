@@ -4,12 +4,14 @@ import argparse
 from functools import partial
 
 from refbn_d2.config import get_cfg, refbn_options
+from refbn_d2.config.checks import check_batch
 from refbn_d2.config.resume import FREE_IN_DETECTION
+from refbn_d2.engines.torchvision.data import check_datasets
 from refbn_d2.engines.torchvision.supported import check_supported
 from refbn_d2.engines.torchvision.trainer import evaluate, train
 from refbn_d2.training.main import run_training
 from refbn_d2.utils.device import resolve_device
-from refbn_d2.utils.distributed import launch
+from refbn_d2.utils.distributed import launch, planned_world_size
 
 
 def run(args: argparse.Namespace):
@@ -26,6 +28,11 @@ def run(args: argparse.Namespace):
     refbn_options(cfg)
     cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
     cfg.freeze()
+    workers = planned_world_size(args.num_gpus, args.num_machines)
+    if not args.eval_only:
+        check_batch(cfg, workers)
+    if workers > 1:  # a single worker reads the data itself, before it builds anything
+        check_datasets(cfg, args.eval_only)
     jobs = [partial(job, allow_partial_weights=args.allow_partial_weights)
             for job in (train, evaluate)]  # fmt: skip
     return launch(

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from refbn_d2.checkpoint.loading import load_weights
 from refbn_d2.checkpoint.source import load_source
 from refbn_d2.config import refbn_options
+from refbn_d2.config.checks import warn_frozen_from_scratch
 from refbn_d2.engines.torchvision.data import (
     LoadedDataset,
     Mapper,
@@ -101,12 +102,15 @@ class Trainer(TrainingLoop):
     def __init__(
         self, cfg, output_dir: Path, resume: bool = False, allow_partial_weights: bool = False
     ) -> None:
-        self.evaluator = Evaluator(cfg, output_dir)
+        data = load_train_dicts(cfg)
+        data.check_pictures()
+        self.evaluator = Evaluator(cfg, output_dir, data.class_names)
         checkpoint = last_checkpoint(output_dir) if resume else None
+        if not checkpoint:
+            warn_frozen_from_scratch(cfg)
         seed = checkpoint["seed"] if checkpoint else seed_of_run(cfg)
         torch.manual_seed(seed)
         model = _build_model(cfg, checkpoint, allow_partial_weights)
-        data = load_train_dicts(cfg)
         self.train_dicts = data.dicts
         start = checkpoint["iteration"] + 1 if checkpoint else 0
         optimizer = build_optimizer(cfg, model)

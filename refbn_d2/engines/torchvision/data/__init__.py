@@ -19,9 +19,11 @@ number of workers and processes.
 
 from refbn_d2.engines.torchvision.data.datasets import (
     LoadedDataset,
+    check_datasets,
     load_coco_json,
     load_test_dicts,
     load_train_dicts,
+    train_class_names,
 )
 from refbn_d2.engines.torchvision.data.loaders import (
     build_test_loader,
@@ -37,8 +39,10 @@ __all__ = [
     "build_augmentations",
     "build_test_loader",
     "build_train_loader",
+    "check_datasets",
     "has_objects",
     "load_coco_json",
     "load_test_dicts",
     "load_train_dicts",
+    "train_class_names",
 ]
