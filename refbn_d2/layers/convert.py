@@ -10,7 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from refbn_d2.layers.ref_batch_norm import Moments, RefBatchNorm2d, refbn_layers
+from refbn_d2.layers.ref_batch_norm import (
+    Moments,
+    RefBatchNorm2d,
+    is_initial,
+    refbn_layers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +58,7 @@ def convert_to_refbn(model: nn.Module, **options) -> nn.Module:
         refbn.weight = nn.Parameter(norm.weight) if frozen else norm.weight
         refbn.bias = nn.Parameter(norm.bias) if frozen else norm.bias
         _share_statistics(norm, refbn)
-        if (mean != 0).any() or (var != 1).any():
+        if not is_initial(mean, var):
             refbn.commit(Moments(mean, var, 1))
         return refbn.train(norm.training)
 

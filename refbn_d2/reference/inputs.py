@@ -75,6 +75,26 @@ def infer_inputs(
     )
 
 
+def first_tensor(args: Sequence, kwargs: Mapping[str, Any]) -> tuple[int | str, Tensor]:
+    """Return a call's batch and its place: the first argument, else the first tensor by keyword.
+
+    Raises:
+        TypeError: there is none.
+    """
+    if args and isinstance(args[0], Tensor):
+        return 0, args[0]
+    if not args:
+        for name, value in kwargs.items():
+            if isinstance(value, Tensor):
+                return name, value
+    given = [type(value).__name__ for value in (*args[:1], *kwargs.values())]
+    raise TypeError(
+        "The module that a slice is appended to must take its batch as first argument, or by "
+        f"keyword, as one tensor (N, C, H, W); it was called with {', '.join(given) or 'nothing'}. "
+        'Set MODEL.REFBN.REFRESH to "slice".'
+    )
+
+
 def without_last_rows(output: Any, k: int) -> Any:
     """Drop the last k rows of every tensor in a module's output.
 
