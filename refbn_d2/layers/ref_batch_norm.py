@@ -282,12 +282,13 @@ class RefBatchNorm2d(nn.BatchNorm2d):
         mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
         if names[0] not in state_dict and mean is not None and var is not None:
             count = torch.zeros((), dtype=torch.int64, device=mean.device)
-            # Copies: with `assign=True` the layer would have one tensor for two statistics.
-            values = [mean.clone(), var.clone(), count.fill_(not is_initial(mean, var))]
+            values = [mean, var, count.fill_(not is_initial(mean, var))]
             state_dict.update(zip(names, values, strict=True))
-        for name in names[:2]:
+        for name, running in zip(names, (mean, var), strict=False):
             if name in state_dict:
-                state_dict[name] = _wide(state_dict[name])
+                value = state_dict[name]
+                # With `assign=True` the layer would have one tensor for two statistics.
+                state_dict[name] = _wide(value.clone() if value is running else value)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._has_reference = False  # read the loaded `ref_count` when next asked
 

@@ -117,6 +117,7 @@ class ReferenceBatch:
         self._hooks: list = []  # while a slice is in flight
         self._appended: list[Sample] = []  # the slice in flight
         self._was_appended = False  # in this step
+        self._rows_in_flight = 0  # batch and slice, in the module's last call
         self._beside: dict[str, Moments | None] = {}  # recorded outside of `concat_to` in this step
         self._missed: list[RefBatchNorm2d] = []  # without a reference yet
         self._concat_layers: dict[str, RefBatchNorm2d] = {}
@@ -180,7 +181,8 @@ class ReferenceBatch:
             self._commit(self._run(self.samples, Recording.CAPTURE), captured=True)
             self._begun = True
             return
-        averaged = getattr(averaged, "module", averaged)  # torch's AveragedModel, timm's ModelEma
+        if not hasattr(self.model, "module"):  # torch's AveragedModel, timm's ModelEmaV3
+            averaged = getattr(averaged, "module", averaged)
         with with_weights_of(averaged, self.model):
             recorded = self._run(self.samples, Recording.CAPTURE)
         layers = dict(refbn_layers(averaged))
@@ -346,10 +348,13 @@ class ReferenceBatch:
             rows = rows.contiguous(memory_format=torch.channels_last)
         self._was_appended = True
         longer = torch.cat([batch, rows])
+        self._rows_in_flight = len(longer)
         return ((longer, *args[1:]), kwargs) if args else (args, {**kwargs, place: longer})
 
     def _drop_rows(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        return without_last_rows(output, len(self._appended)) if module.training else None
+        if not module.training:
+            return None
+        return without_last_rows(output, len(self._appended), self._rows_in_flight)
 
     def _abandon_slice(self) -> dict[str, Moments | None]:
         """Remove the hooks of the slice in flight; return what the layers recorded of it."""

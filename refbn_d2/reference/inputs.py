@@ -95,28 +95,38 @@ def first_tensor(args: Sequence, kwargs: Mapping[str, Any]) -> tuple[int | str, 
     )
 
 
-def without_last_rows(output: Any, k: int) -> Any:
+def without_last_rows(output: Any, k: int, rows: int | None = None) -> Any:
     """Drop the last k rows of every tensor in a module's output.
 
+    Args:
+        rows: how many rows every tensor must have before; None: any number.
+
     Raises:
+        ValueError: a tensor has another number of rows.
         TypeError: the output contains something other than tensors, None, mappings, lists, tuples,
             named tuples and dataclasses; the message names its type.
     """
     if output is None:
         return None
     if isinstance(output, Tensor):
+        if rows is not None and output.shape[:1] != (rows,):
+            raise ValueError(
+                f"The module that the slice was appended to returns a tensor {(*output.shape,)} "
+                f"for a batch of {rows} rows, so the slice's rows cannot be dropped. Set "
+                'MODEL.REFBN.REFRESH to "slice".'
+            )
         return output[:-k]
     if isinstance(output, Mapping):
-        parts = {key: without_last_rows(value, k) for key, value in output.items()}
+        parts = {key: without_last_rows(value, k, rows) for key, value in output.items()}
         container: Any = type(output)  # an OrderedDict, or any other mapping
         return container(parts)
     if isinstance(output, tuple) and hasattr(output, "_fields"):
-        return type(output)(*(without_last_rows(value, k) for value in output))
+        return type(output)(*(without_last_rows(value, k, rows) for value in output))
     if isinstance(output, tuple | list):
-        return type(output)(without_last_rows(value, k) for value in output)
+        return type(output)(without_last_rows(value, k, rows) for value in output)
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         names = [field.name for field in dataclasses.fields(output)]
-        parts = {name: without_last_rows(getattr(output, name), k) for name in names}
+        parts = {name: without_last_rows(getattr(output, name), k, rows) for name in names}
         return dataclasses.replace(output, **parts)
     raise TypeError(
         f"The module that the slice was appended to returns a {type(output).__name__}, whose last "

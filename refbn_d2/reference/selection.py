@@ -198,7 +198,7 @@ def _read_file(path: str) -> bytes:
 
 
 def _plain(value: Any) -> str:
-    """Return text for what json cannot hold; the text of a long array would leave out its middle."""
+    """Return text for what json cannot hold; a long array's own text leaves out its middle."""
     if isinstance(value, np.ndarray | Tensor):
         return _digest(_bytes_of(value))
     return str(value)
