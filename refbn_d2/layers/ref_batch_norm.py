@@ -194,8 +194,8 @@ class RefBatchNorm2d(nn.BatchNorm2d):
         mean, var, count = self.ref_mean, self.ref_var, self.ref_count
         super()._apply(fn, recurse)
         if _is_half(self.ref_mean):  # `.half()`: converted from the values before
-            self.ref_mean = _wide(mean.to(self.ref_mean.device))
-            self.ref_var = _wide(var.to(self.ref_var.device))
+            self.ref_mean = mean.to(self.ref_mean.device).float()
+            self.ref_var = var.to(self.ref_var.device).float()
         if not self.ref_count.is_meta and not _same(count, self.ref_count):
             self.reset_reference()  # `.to_empty()`: the buffers have no values yet
         return self
@@ -226,7 +226,8 @@ class RefBatchNorm2d(nn.BatchNorm2d):
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         if self.training:
             raise fx.proxy.TraceError(f"{type(self).__name__} can be traced in eval mode only.")
-        return self._affine(x, self.running_mean, self.running_var)
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
 
     def _normalize(self, x: Tensor) -> Tensor:
         n = x.numel() // self.num_features
