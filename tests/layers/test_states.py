@@ -168,6 +168,16 @@ def test_the_reference_stays_float32_in_half_precision(tmp_path):
     assert layer.half().ref_mean.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_statistics_are_rounded_once(dtype):
+    layer = RefBatchNorm2d(256, dtype=dtype, reference_weight=1.0)
+    layer.commit(Moments(torch.linspace(1, 3, 256), torch.linspace(2, 5, 256), 9))
+    before = layer.running_mean.normal_().clone()
+    layer(torch.randn(2, 256, 3, 3, dtype=dtype))
+    expected = (0.9 * before.float() + 0.1 * layer.ref_mean).to(dtype)
+    assert torch.equal(layer.running_mean, expected)
+
+
 @pytest.mark.parametrize("w", [0.0, 0.7])
 def test_the_float32_path_did_not_change(w):
     """The running statistics' EMA to the bit."""
@@ -180,3 +190,10 @@ def test_the_float32_path_did_not_change(w):
     assert torch.equal(layer.running_mean, torch.zeros(C) * 0.9 + 0.1 * mixed)
     expected = torch.ones(C) * 0.9 + 0.1 * (spread + (1 - w) * var / (n - 1))
     assert torch.equal(layer.running_var, expected)
+
+
+def test_a_fake_layer_has_no_value_to_read():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert len(nn.Sequential(RefBatchNorm2d(C)).to_empty(device="cpu")[0].weight) == C

@@ -4,7 +4,12 @@ import copy
 
 import pytest
 import torch
-from timm.layers import BatchNormAct2d, convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.layers import (
+    BatchNormAct2d,
+    SyncBatchNormAct,
+    convert_sync_batchnorm,
+    freeze_batch_norm_2d,
+)
 from torch import nn
 
 from refbn_d2.config import ConfigError
@@ -49,7 +54,8 @@ def test_timms_freezing_keeps_the_activation():
 
 def test_timms_syncbn_keeps_the_activation():
     model = convert_timm_to_refbn(net())
-    assert isinstance(convert_sync_batchnorm(model)[1].act, nn.SiLU)
+    new = convert_sync_batchnorm(model)[1]
+    assert isinstance(new, SyncBatchNormAct) and isinstance(new.act, nn.SiLU)
 
 
 def test_a_model_without_the_configs_norm_stops_the_training(cfg, monkeypatch):
