@@ -196,4 +196,5 @@ def test_a_fake_layer_has_no_value_to_read():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        assert len(nn.Sequential(RefBatchNorm2d(C)).to_empty(device="cpu")[0].weight) == C
+        layer = RefBatchNorm2d(C, affine=False)  # torch cannot always swap fake parameters
+        assert layer.to_empty(device="cpu").ref_mean.shape == (C,)
