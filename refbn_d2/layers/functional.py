@@ -114,8 +114,10 @@ def in_dtype_of(moments: Tensor, *parameters: Tensor | None) -> Iterator[Tensor 
     `F.batch_norm` takes half-precision x with all of them in float32, or none.
     """
     for parameter in parameters:
-        same = parameter is None or parameter.dtype == moments.dtype  # no node in a traced graph
-        yield parameter if same else parameter.to(moments.dtype)
+        if parameter is None or parameter.dtype == moments.dtype:  # no node in a traced graph
+            yield parameter
+        else:
+            yield parameter.to(moments.dtype)
 
 
 def _average_in(running: Tensor, moments: Tensor, momentum: float) -> None:
@@ -196,7 +198,7 @@ def ref_batch_norm(
     with torch.no_grad():
         batch_mean, batch_var = batch_moments(x)
         mean, var = mix_moments(batch_mean, batch_var, ref_mean, ref_var, w)
-        if running_mean is not None:
+        if running_mean is not None and running_var is not None:
             bessel = (1 - w) * batch_var / max(n - 1, 1)
             _average_in(running_mean, mean, momentum)
             _average_in(running_var, var + bessel, momentum)

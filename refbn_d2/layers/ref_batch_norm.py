@@ -201,7 +201,7 @@ class RefBatchNorm2d(nn.BatchNorm2d):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, fx.Proxy):
+        if _is_traced(x):
             return self._traced(x)
         self._check_input_dim(x)
         if not self.training:
@@ -313,9 +313,12 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _same(before: Tensor, after: Tensor) -> bool:
     """Return whether a buffer kept its value when it was moved or converted."""
-    if after is before or type(after) is not Tensor:  # a FakeTensor has no value to compare
-        return True
-    return not before.is_meta and bool(before.to(after.device) == after)
+    return after is before or (not before.is_meta and bool(before.to(after.device) == after))
+
+
+def _is_traced(x: Any) -> bool:
+    """Return whether torch.fx traces the model, with a stand-in for the batch."""
+    return isinstance(x, fx.Proxy)
 
 
 def _in_backward() -> bool:
