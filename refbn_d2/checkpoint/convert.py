@@ -25,6 +25,7 @@ from refbn_d2.checkpoint.resnets import (
 )
 from refbn_d2.checkpoint.tensors import check_weight, to_tensor
 from refbn_d2.layers.fold import affine
+from refbn_d2.layers.ref_batch_norm import is_initial
 from refbn_d2.utils.errors import CheckpointError, listing
 
 logger = logging.getLogger(__name__)
@@ -320,11 +321,9 @@ def _as(layer: dict[str, Tensor], norm: str) -> dict[str, Tensor]:
     new["num_batches_tracked"] = layer.get("num_batches_tracked", torch.tensor(0))
     if norm == "BN":
         return new
-    reference = {
-        "ref_mean": layer["running_mean"],
-        "ref_var": layer["running_var"],
-        "ref_count": torch.tensor(1),
-    }
+    mean, var = layer["running_mean"], layer["running_var"]
+    count = torch.tensor(int(not is_initial(mean, var)))
+    reference = {"ref_mean": mean.clone(), "ref_var": var.clone(), "ref_count": count}
     return new | {name: layer.get(name, default) for name, default in reference.items()}
 
 

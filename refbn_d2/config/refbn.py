@@ -1,15 +1,20 @@
 """Define this package's own config keys, their defaults and their allowed values."""
 
+import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from refbn_d2.layers import refbn_layers
+from refbn_d2.layers import has_refbn, refbn_layers
 from refbn_d2.layers.functional import GRADIENT, GRADIENTS, REFERENCE_WEIGHT
 from refbn_d2.layers.ref_batch_norm import WEIGHTINGS
 from refbn_d2.utils.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 REFRESHES = ("static", "full", "slice", "concat")
 REFERENCES = ("dataset", "checkpoint")
@@ -110,6 +115,40 @@ def apply_options(model: nn.Module, options: RefBNOptions) -> None:
         for name in LAYER_OPTIONS:
             if (value := getattr(options, name)) is not None:
                 setattr(layer, name, value)
+
+
+def check_model(model: nn.Module, cfg) -> None:
+    """Check before training that a model whose config names RefBN has it.
+
+    torch's and timm's converters to SyncBN, for example, turn RefBN into SyncBN without a word. A
+    model whose norms are all frozen gets a warning.
+
+    Raises:
+        ConfigError: there are batch norms, but no RefBatchNorm2d.
+    """
+    keys = _keys_with(cfg.MODEL, "RefBN", "MODEL")
+    if not keys or has_refbn(model):
+        return
+    found = sorted({type(m).__name__ for m in model.modules() if isinstance(m, _BatchNorm)})
+    problem = f"{' and '.join(keys)} is 'RefBN', but the model has no RefBatchNorm2d"
+    if not found:
+        logger.warning("%s: its norms are frozen, or have no such key.", problem)
+        return
+    raise ConfigError(
+        f"{problem}, only {', '.join(found)}. If something converted the model after it was built "
+        "(convert_sync_batchnorm does), leave that out; else set the key to the norm in the model."
+    )
+
+
+def _keys_with(node: Mapping, value: str, prefix: str) -> list[str]:
+    """Return the full names of all keys NORM below `node` that have this value."""
+    keys = []
+    for key, inner in node.items():
+        if isinstance(inner, Mapping):
+            keys += _keys_with(inner, value, f"{prefix}.{key}")
+        elif key == "NORM" and inner == value:
+            keys.append(f"{prefix}.{key}")
+    return keys
 
 
 def _require(fits: bool, key: str, value: Any, allowed: str) -> None:

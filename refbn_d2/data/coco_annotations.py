@@ -11,6 +11,7 @@ keeps the fields that are not named here.
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import Any
 
 import pycocotools.mask as mask_util
 
@@ -128,7 +129,8 @@ class _Repair:
         self.place, self.ann, self.masks, self.repairs = place, ann, masks, repairs
         self.images, self.category_ids = images, category_ids
         self.what = f"{where}: annotation number {place}"
-        self.file, self.noted = where, set()
+        self.file = where
+        self.noted: set[str] = set()
 
     def run(self) -> dict | None:
         """Return the repaired annotation, None if it is to be left out; an id of None is open.
@@ -147,7 +149,8 @@ class _Repair:
             self._fail(f"(number {self.place}) has no {missing}; each needs image_id, category_id")
         image_id = self._image_id()
         if image_id is None:
-            return self._leave_out(STRAY)
+            self._leave_out(STRAY)
+            return None
         self.image = self.images[image_id]
         self.what += f" of image {image_id} ({self.image['file_name']})"
         category_id = known_id(ann["category_id"], self.category_ids)
@@ -162,13 +165,15 @@ class _Repair:
         fixed["iscrowd"] = self._crowd()
         segmentation = self._segmentation()
         if segmentation == []:
-            return self._leave_out(POINTLESS)
+            self._leave_out(POINTLESS)
+            return None
         fixed.pop("segmentation", None)
         if segmentation is not None:
             fixed["segmentation"] = segmentation
         box = self._box(segmentation)
         if box is None:
-            return self._leave_out(FLAT)
+            self._leave_out(FLAT)
+            return None
         fixed["bbox"] = box
         if self.masks and segmentation is None:
             fixed["segmentation"] = self._mask_of_crowd(fixed)
@@ -295,7 +300,8 @@ class _Repair:
         return [number(value) for value in values]
 
     def _runs(self, runs: dict) -> dict:
-        size, counts = runs.get("size"), runs.get("counts")
+        size: Any = runs.get("size")
+        counts: Any = runs.get("counts")
         expected = [self.image["height"], self.image["width"]]
         if size != expected or not isinstance(counts, str | list):
             self._fail(
@@ -324,6 +330,7 @@ class _Repair:
                 ys = [y for polygon in segmentation for y in polygon[1::2]]
                 value = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
             else:
+                assert segmentation is not None  # `_fail` has raised
                 value = mask_util.toBbox(self._encoded(segmentation)).tolist()
         try:
             box = self._numbers(value)

@@ -10,7 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from refbn_d2.layers.ref_batch_norm import Moments, RefBatchNorm2d, refbn_layers
+from refbn_d2.layers.ref_batch_norm import (
+    Moments,
+    RefBatchNorm2d,
+    is_initial,
+    refbn_layers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +44,7 @@ def convert_to_refbn(model: nn.Module, **options) -> nn.Module:
     def convert(norm: Any) -> nn.Module | None:
         if isinstance(norm, RefBatchNorm2d) or not is_norm(norm):
             return None
-        mean, var = norm.running_mean, norm.running_var
+        mean = norm.running_mean
         frozen = _is_frozen(norm)
         refbn = RefBatchNorm2d(
             len(mean),
@@ -52,9 +57,7 @@ def convert_to_refbn(model: nn.Module, **options) -> nn.Module:
         )
         refbn.weight = nn.Parameter(norm.weight) if frozen else norm.weight
         refbn.bias = nn.Parameter(norm.bias) if frozen else norm.bias
-        _share_statistics(norm, refbn)
-        if (mean != 0).any() or (var != 1).any():
-            refbn.commit(Moments(mean, var, 1))
+        start_from(norm, refbn)
         return refbn.train(norm.training)
 
     left = [
@@ -135,6 +138,13 @@ def is_norm(module: nn.Module) -> bool:
         and module.running_mean is not None
         and (module.weight is None) == (module.bias is None)
     )
+
+
+def start_from(norm: Any, refbn: RefBatchNorm2d) -> None:
+    """Give `refbn` the running statistics of `norm`, and its reference unless they are initial."""
+    _share_statistics(norm, refbn)
+    if not is_initial(norm.running_mean, norm.running_var):
+        refbn.commit(Moments(norm.running_mean, norm.running_var, 1))
 
 
 def _share_statistics(source: Any, target: Any) -> None:

@@ -10,6 +10,8 @@ Shapes:
     n = N * H * W               the number of elements in a channel
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,6 +61,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gamma, beta, mean, var, batch_mean, batch_var, w, gradient, eps, appended):
         ctx.save_for_backward(x, gamma, mean, var, batch_mean, batch_var)
+        ctx.has_beta = beta is not None
         ctx.w, ctx.gradient, ctx.eps, ctx.appended = w, gradient, eps, appended
         return F.batch_norm(x, mean, var, gamma, beta, False, 0.0, eps)
 
@@ -68,10 +71,10 @@ class _Normalize(torch.autograd.Function):
         x, gamma, mean, var, batch_mean, batch_var = ctx.saved_tensors
         w, eps = ctx.w, ctx.eps
         r = (var + eps).rsqrt()
-        affine = gamma is not None
-        gamma = gamma if affine else torch.ones_like(mean)
+        has_gamma, has_beta = gamma is not None, ctx.has_beta
+        gamma = gamma if has_gamma else torch.ones_like(mean)
         scale = gamma * r  # dy/dx with the moments held constant
-        mask = [ctx.needs_input_grad[0], affine, affine]
+        mask = [ctx.needs_input_grad[0], has_gamma, has_gamma or has_beta]
 
         def batch_norm_backward(factor, mean, r):
             """factor r [dy - mean(dy) - z mean(dy z)], sum(dy z), sum(dy); z = (x - mean) r."""
@@ -83,7 +86,7 @@ class _Normalize(torch.autograd.Function):
             # y = gamma (a z + d) + beta: BN's own backward with the factor gamma a, a r_B = r.
             batch_r = (batch_var + eps).rsqrt()
             dx, dgamma, dbeta = batch_norm_backward(gamma * (r / batch_r), batch_mean, batch_r)
-            if affine:
+            if has_gamma:
                 dgamma = (r / batch_r) * dgamma + ((batch_mean - mean) * r) * dbeta
         elif ctx.gradient == "pooled":
             # scale [dy - (1-w)(mean(dy) + xh mean(dy xh))] = (1-w) BN's + w scale dy
@@ -102,7 +105,27 @@ class _Normalize(torch.autograd.Function):
                     groups.append((slice(len(x) - rows, None), share))
                 for group, share in groups:
                     _add_scaled(dx[group].mul_(share), dy[group], (1 - share) * scale)
-        return dx, dgamma, dbeta, *[None] * 8
+        return dx, dgamma, dbeta if has_beta else None, *[None] * 8
+
+
+def in_dtype_of(moments: Tensor, *parameters: Tensor | None) -> Iterator[Tensor | None]:
+    """Yield gamma and beta in the dtype of the moments: half precision is normalized in float32.
+
+    `F.batch_norm` takes half-precision x with all of them in float32, or none.
+    """
+    for parameter in parameters:
+        if parameter is None or parameter.dtype == moments.dtype:  # no node in a traced graph
+            yield parameter
+        else:
+            yield parameter.to(moments.dtype)
+
+
+def _average_in(running: Tensor, moments: Tensor, momentum: float) -> None:
+    """running = (1 - momentum) running + momentum moments, in place."""
+    if running.dtype == moments.dtype:
+        running.mul_(1 - momentum).add_(momentum * moments)
+    else:  # half precision is rounded once, as BN does
+        running.copy_((1 - momentum) * running.to(moments.dtype) + momentum * moments)
 
 
 def _add_scaled(dx: Tensor, dy: Tensor, scale: Tensor) -> None:
@@ -150,7 +173,7 @@ def ref_batch_norm(
     Args:
         x: (N, C, H, W), N > 0; float16 and bfloat16 are normalized by float32 moments.
         ref_mean, ref_var: (C,), the reference's mean and biased variance, constant.
-        weight, bias: gamma and beta, (C,) or None.
+        weight, bias: gamma and beta, (C,) or None, each independently of the other.
         reference_weight: w in [0, 1], a number or a 0-dim tensor.
         gradient: "pooled", "batch" or "reference".
         running_mean, running_var: (C,) or None. Updated in place by an EMA of (mu, var), in which
@@ -177,10 +200,9 @@ def ref_batch_norm(
         mean, var = mix_moments(batch_mean, batch_var, ref_mean, ref_var, w)
         if running_mean is not None and running_var is not None:
             bessel = (1 - w) * batch_var / max(n - 1, 1)
-            running_mean.mul_(1 - momentum).add_(momentum * mean)
-            running_var.mul_(1 - momentum).add_(momentum * (var + bessel))
-    if weight is not None and bias is not None:  # half-precision modules normalize in float32 too
-        weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
+            _average_in(running_mean, mean, momentum)
+            _average_in(running_var, var + bessel, momentum)
+    weight, bias = in_dtype_of(mean, weight, bias)
     return _Normalize.apply(
         x, weight, bias, mean, var, batch_mean, batch_var, w, gradient, eps, appended
     )

@@ -184,13 +184,12 @@ class _WithFiles(Sequence):
         return len(self.dicts)
 
     def __getitem__(self, index: int) -> dict:
-        dataset_dict = self.dicts[index]
+        return {"read_file": _read_file, **self.dicts[index]}
 
-        def read() -> bytes:
-            with PathManager.open(dataset_dict["file_name"], "rb") as file:
-                return file.read()
 
-        return {"read": read, **dataset_dict}
+def _read_file(path: str) -> bytes:
+    with PathManager.open(path, "rb") as file:
+        return file.read()
 
 
 def _images(data_loader: Iterable) -> _Images:

@@ -25,6 +25,7 @@ import detectron2
 from torch import nn
 
 from refbn_d2.config import add_refbn_config, apply_options, refbn_options
+from refbn_d2.config.refbn import check_model
 from refbn_d2.data import catalog
 from refbn_d2.layers import RefBatchNorm2d, has_refbn
 from refbn_d2.layers.peers import PEERS, prepare_peers
@@ -220,10 +221,15 @@ def _one_layer_a_level(init: Callable) -> Callable:
 
 
 def _with_reference_hook(register_hooks: Callable) -> Callable:
-    """Wrap TrainerBase.register_hooks: trainers of RefBN models get a ReferenceBatchHook."""
+    """Wrap TrainerBase.register_hooks: trainers of RefBN models get a ReferenceBatchHook.
+
+    It raises if the trainer's config names RefBN and its model has none (`config.check_model`).
+    """
 
     @functools.wraps(register_hooks)
     def wrapped(self, hooks):
+        if hasattr(self, "cfg") and getattr(self, "model", None) is not None:
+            check_model(self.model, self.cfg)
         given = [hook for hook in hooks if isinstance(hook, ReferenceBatchHook)]
         if given:  # it replaces a hook that was added here, and takes over the checkpoint's state
             for hook in _added.intersection(self._hooks):

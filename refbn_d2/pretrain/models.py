@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from refbn_d2.config import ConfigError, apply_options, refbn_options
 from refbn_d2.layers import RefBatchNorm2d, convert_to_refbn
-from refbn_d2.layers.convert import replace_modules
+from refbn_d2.layers.convert import replace_modules, start_from
 from refbn_d2.layers.peers import PEERS
 
 logger = logging.getLogger(__name__)
@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 GN_GROUPS = 32  # as in Detectron2
 
 
-class RefBatchNormAct2d(RefBatchNorm2d):
-    """act(drop(RefBatchNorm2d(x))): timm's BatchNormAct2d with RefBN, and with RefBN's state."""
+class RefBatchNormAct2d(RefBatchNorm2d, BatchNormAct2d):
+    """act(drop(RefBatchNorm2d(x))): timm's BatchNormAct2d with RefBN, and with RefBN's state.
 
-    drop: nn.Module
-    act: nn.Module
+    timm's own tools recognize it as a BatchNormAct2d, and keep its activation.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.drop(super().forward(x)))
@@ -57,7 +57,7 @@ def build_model(cfg, num_classes: int) -> nn.Module:
         )
     if norm == "RefBN":
         options = refbn_options(cfg)
-        model = convert_to_refbn(replace_modules(model, _ref_batch_norm_act))
+        model = convert_timm_to_refbn(model)
         apply_options(model, options)
         return model
     if norm in PEERS:
@@ -71,13 +71,25 @@ def build_model(cfg, num_classes: int) -> nn.Module:
     return model
 
 
-def _ref_batch_norm_act(norm: nn.Module) -> nn.Module | None:
-    if not isinstance(norm, BatchNormAct2d):
-        return None
-    new = RefBatchNormAct2d(norm.num_features, norm.eps, norm.momentum, norm.affine)
-    new.weight, new.bias = norm.weight, norm.bias  # as initialized
-    new.drop, new.act = norm.drop, norm.act
-    return new
+def convert_timm_to_refbn(model: nn.Module, **options) -> nn.Module:
+    """Convert a model of timm as `convert_to_refbn` does, its BatchNormAct2d included.
+
+    Args and Raises: as `refbn_d2.layers.convert_to_refbn`.
+    """
+
+    def convert(norm: nn.Module) -> nn.Module | None:
+        if not isinstance(norm, BatchNormAct2d) or isinstance(norm, RefBatchNorm2d):
+            return None
+        new = RefBatchNormAct2d(
+            norm.num_features, norm.eps, norm.momentum, norm.affine,
+            device=norm.running_mean.device, dtype=norm.running_mean.dtype, **options,
+        )  # fmt: skip
+        new.weight, new.bias = norm.weight, norm.bias
+        new.drop, new.act = norm.drop, norm.act
+        start_from(norm, new)
+        return new.train(norm.training)
+
+    return convert_to_refbn(replace_modules(model, convert), **options)
 
 
 def _peer(norm: nn.Module, name: str) -> nn.Module | None:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from refbn_d2.checkpoint import load_checkpoint, load_source, load_weights, save_checkpoint
 from refbn_d2.config import refbn_options
+from refbn_d2.config.refbn import check_model
 from refbn_d2.layers.peers import prepare_peers
 from refbn_d2.pretrain.backbone import resnet_keys, write_backbone
 from refbn_d2.pretrain.data.datasets import load_images
@@ -112,6 +113,7 @@ class Trainer(TrainingLoop):
         model, self.ema = _build_models(
             cfg, images.test.num_classes, output_dir, checkpoint, training=True
         )
+        check_model(model, cfg)
         self.normalize, self.autocast = build_normalize(cfg), autocast(cfg)
         self.evaluator = Evaluator(cfg, images.test)
         self.epoch_iters = max(1, len(images.train) // cfg.SOLVER.IMS_PER_BATCH)
@@ -271,7 +273,9 @@ class Trainer(TrainingLoop):
         return super().state_dict() | average
 
     def save(self, iteration: int) -> None:
-        """Write a checkpoint, and remove the previous one."""
+        """Capture the moving average's reference; write a checkpoint, remove the previous one."""
+        if self.ema and self.reference:
+            self.reference.capture(self.ema.module)
         before = last_checkpoint_name(self.output_dir)
         super().save(iteration)
         if distributed.rank() == 0 and before not in (None, last_checkpoint_name(self.output_dir)):

@@ -23,8 +23,14 @@ from torch import Tensor, nn
 
 from refbn_d2.config import RefBNOptions
 from refbn_d2.layers import Moments, Recording, RefBatchNorm2d, refbn_layers
-from refbn_d2.reference.inputs import Inputs, Sample, infer_inputs, without_last_rows
-from refbn_d2.reference.isolation import untouched
+from refbn_d2.reference.inputs import (
+    Inputs,
+    Sample,
+    first_tensor,
+    infer_inputs,
+    without_last_rows,
+)
+from refbn_d2.reference.isolation import untouched, with_weights_of
 from refbn_d2.reference.selection import identity_of_samples
 from refbn_d2.reference.workers import check_same_on_all_workers, pool_over_workers
 from refbn_d2.utils import distributed
@@ -63,8 +69,8 @@ class ReferenceBatch:
             in training mode and without gradient. What it returns is not used.
         identity: what `select_reference` returned; by default a fingerprint of the images.
         concat_to: the module whose input a slice is appended to ("concat" only): a detector's
-            backbone, or a classifier itself. Its first argument is the batch (N, C, H, W), and
-            every tensor that it returns has N rows.
+            backbone, or a classifier itself. Its first argument, also by keyword, is the batch
+            (N, C, H, W), and every tensor that it returns has N rows.
         rows: (samples, batch) -> the samples as rows (k, C, H, W), normalized, with the batch's
             height and width ("concat" only).
 
@@ -111,6 +117,7 @@ class ReferenceBatch:
         self._hooks: list = []  # while a slice is in flight
         self._appended: list[Sample] = []  # the slice in flight
         self._was_appended = False  # in this step
+        self._rows_in_flight = 0  # batch and slice, in the module's last call
         self._beside: dict[str, Moments | None] = {}  # recorded outside of `concat_to` in this step
         self._missed: list[RefBatchNorm2d] = []  # without a reference yet
         self._concat_layers: dict[str, RefBatchNorm2d] = {}
@@ -156,14 +163,32 @@ class ReferenceBatch:
             self.identity["seed"],
         )  # fmt: skip
 
-    def capture(self) -> None:
+    def capture(self, averaged: nn.Module | None = None) -> None:
         """Capture the reference: run it, normalized by its own moments, and keep these.
 
         Nothing else changes: no parameter, gradient, running statistic, training flag or random
         state.
+
+        Args:
+            averaged: capture it in this model instead, a copy of the reference's model with
+                averaged weights (EMA, SWA). The average of reference moments is not the reference
+                of averaged weights.
+
+        Raises:
+            ValueError: `averaged` has other parameters or buffers than the reference's model.
         """
-        self._commit(self._run(self.samples, Recording.CAPTURE), captured=True)
-        self._begun = True
+        if averaged is None:
+            self._commit(self._run(self.samples, Recording.CAPTURE), captured=True)
+            self._begun = True
+            return
+        if not hasattr(self.model, "module"):  # torch's AveragedModel, timm's ModelEmaV3
+            averaged = getattr(averaged, "module", averaged)
+        with with_weights_of(averaged, self.model):
+            recorded = self._run(self.samples, Recording.CAPTURE)
+        layers = dict(refbn_layers(averaged))
+        for name, moments in self._pooled(recorded, captured=True).items():
+            if moments is not None:
+                layers[name].commit(moments)
 
     @contextmanager
     def step(self, iteration: int | None = None) -> Iterator[None]:
@@ -212,7 +237,7 @@ class ReferenceBatch:
             layer.start_recording(Recording.CONCAT, len(samples), self.options.slice_momentum)
         module: Any = self._inputs.concat_to  # not None: the constructor checked it
         self._hooks = [
-            module.register_forward_pre_hook(self._append_rows, prepend=True),
+            module.register_forward_pre_hook(self._append_rows, prepend=True, with_kwargs=True),
             module.register_forward_hook(self._drop_rows, prepend=True),
         ]
 
@@ -276,13 +301,12 @@ class ReferenceBatch:
 
     def _commit(self, recorded: dict[str, Moments | None], captured: bool = False) -> None:
         """Put the recorded moments into the references, the same on every worker."""
-        layers = [self._layers[name] for name in recorded]
-        # Every worker runs the whole reference: its count is the mean of theirs, not the sum.
-        pooled = pool_over_workers(list(recorded.values()), layers, average_count=captured)
-        for layer, moments in zip(layers, pooled, strict=True):
+        pooled = self._pooled(recorded, captured)
+        for name, moments in pooled.items():
             if moments is not None:
-                layer.commit(moments, 1.0 if captured else self.options.slice_momentum)
-        missed = [name for name, moments in zip(recorded, pooled, strict=True) if moments is None]
+                momentum = 1.0 if captured else self.options.slice_momentum
+                self._layers[name].commit(moments, momentum)
+        missed = [name for name, moments in pooled.items() if moments is None]
         if captured and missed:
             self._missed = [m for n in missed if not (m := self._layers[n]).has_reference()]
             logger.warning(
@@ -290,6 +314,15 @@ class ReferenceBatch:
                 "layer takes its first training batch that is not empty as the reference.",
                 ", ".join(missed),
             )
+
+    def _pooled(
+        self, recorded: dict[str, Moments | None], captured: bool
+    ) -> dict[str, Moments | None]:
+        """Pool the recorded moments over the workers."""
+        layers = [self._layers[name] for name in recorded]
+        # Every worker runs the whole reference: its count is the mean of theirs, not the sum.
+        pooled = pool_over_workers(list(recorded.values()), layers, average_count=captured)
+        return dict(zip(recorded, pooled, strict=True))
 
     def _share_first_batches(self) -> None:
         """Pool over the workers the references that layers took from their first batch."""
@@ -305,19 +338,23 @@ class ReferenceBatch:
                 layer.commit(moments)
         self._missed = [m for m, p in zip(self._missed, pooled, strict=True) if p is None]
 
-    def _append_rows(self, module: nn.Module, args: tuple) -> tuple | None:
+    def _append_rows(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         if not module.training:
             return None
-        batch, *rest = args
+        place, batch = first_tensor(args, kwargs)
         assert self._inputs.rows is not None  # the constructor checked it
         rows = self._inputs.rows(self._appended, batch).to(batch)
         if batch.is_contiguous(memory_format=torch.channels_last):
             rows = rows.contiguous(memory_format=torch.channels_last)
         self._was_appended = True
-        return torch.cat([batch, rows]), *rest
+        longer = torch.cat([batch, rows])
+        self._rows_in_flight = len(longer)
+        return ((longer, *args[1:]), kwargs) if args else (args, {**kwargs, place: longer})
 
     def _drop_rows(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        return without_last_rows(output, len(self._appended)) if module.training else None
+        if not module.training:
+            return None
+        return without_last_rows(output, len(self._appended), self._rows_in_flight)
 
     def _abandon_slice(self) -> dict[str, Moments | None]:
         """Remove the hooks of the slice in flight; return what the layers recorded of it."""
@@ -349,3 +386,4 @@ def _remove_hooks_of_others(model: nn.Module) -> None:
             for key, hook in list(hooks.items()):
                 if isinstance(getattr(hook, "__self__", None), ReferenceBatch):
                     del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)

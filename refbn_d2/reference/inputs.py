@@ -75,28 +75,58 @@ def infer_inputs(
     )
 
 
-def without_last_rows(output: Any, k: int) -> Any:
-    """Drop the last k rows of every tensor in a module's output.
+def first_tensor(args: Sequence, kwargs: Mapping[str, Any]) -> tuple[int | str, Tensor]:
+    """Return a call's batch and its place: the first argument, else the first tensor by keyword.
 
     Raises:
+        TypeError: there is none.
+    """
+    if args and isinstance(args[0], Tensor):
+        return 0, args[0]
+    if not args:
+        for name, value in kwargs.items():
+            if isinstance(value, Tensor):
+                return name, value
+    given = [type(value).__name__ for value in (*args[:1], *kwargs.values())]
+    raise TypeError(
+        "The module that a slice is appended to must take its batch as first argument, or by "
+        f"keyword, as one tensor (N, C, H, W); it was called with {', '.join(given) or 'nothing'}. "
+        'Set MODEL.REFBN.REFRESH to "slice".'
+    )
+
+
+def without_last_rows(output: Any, k: int, rows: int | None = None) -> Any:
+    """Drop the last k rows of every tensor in a module's output.
+
+    Args:
+        rows: how many rows every tensor must have before; None: any number.
+
+    Raises:
+        ValueError: a tensor has another number of rows.
         TypeError: the output contains something other than tensors, None, mappings, lists, tuples,
             named tuples and dataclasses; the message names its type.
     """
     if output is None:
         return None
     if isinstance(output, Tensor):
+        if rows is not None and output.shape[:1] != (rows,):
+            raise ValueError(
+                f"The module that the slice was appended to returns a tensor {(*output.shape,)} "
+                f"for a batch of {rows} rows, so the slice's rows cannot be dropped. Set "
+                'MODEL.REFBN.REFRESH to "slice".'
+            )
         return output[:-k]
     if isinstance(output, Mapping):
-        parts = {key: without_last_rows(value, k) for key, value in output.items()}
+        parts = {key: without_last_rows(value, k, rows) for key, value in output.items()}
         container: Any = type(output)  # an OrderedDict, or any other mapping
         return container(parts)
     if isinstance(output, tuple) and hasattr(output, "_fields"):
-        return type(output)(*(without_last_rows(value, k) for value in output))
+        return type(output)(*(without_last_rows(value, k, rows) for value in output))
     if isinstance(output, tuple | list):
-        return type(output)(without_last_rows(value, k) for value in output)
+        return type(output)(without_last_rows(value, k, rows) for value in output)
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         names = [field.name for field in dataclasses.fields(output)]
-        parts = {name: without_last_rows(getattr(output, name), k) for name in names}
+        parts = {name: without_last_rows(getattr(output, name), k, rows) for name in names}
         return dataclasses.replace(output, **parts)
     raise TypeError(
         f"The module that the slice was appended to returns a {type(output).__name__}, whose last "

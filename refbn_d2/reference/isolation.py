@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from refbn_d2.utils.random_state import seeded
 
@@ -21,7 +21,7 @@ def untouched(model: nn.Module, seed: int) -> Iterator[None]:
     def numbers(module: nn.Module) -> dict[str, float]:
         return {key: value for key, value in vars(module).items() if isinstance(value, int | float)}
 
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(part := _written_once(buffer), part.clone()) for buffer in model.buffers()]
     before = [(module, numbers(module)) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with seeded(seed, devices), torch.no_grad():
@@ -36,3 +36,39 @@ def untouched(model: nn.Module, seed: int) -> Iterator[None]:
                 vars(module).update(values)
             for buffer, value in buffers:
                 buffer.copy_(value)
+
+
+def _written_once(buffer: Tensor) -> Tensor:
+    """Return a view with each element of `buffer` once, also if `expand` repeats them."""
+    for dim, stride in enumerate(buffer.stride()):
+        if stride == 0:
+            buffer = buffer.narrow(dim, 0, min(1, buffer.shape[dim]))
+    return buffer
+
+
+@contextmanager
+def with_weights_of(other: nn.Module, model: nn.Module) -> Iterator[None]:
+    """Let `model` compute with the parameters and buffers of `other`, without copying them.
+
+    Inside, `other` must not change. Afterwards `model` has its own tensors again.
+
+    Raises:
+        ValueError: `other` has other parameters or buffers.
+    """
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    theirs = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+    shapes, wanted = ({k: v.shape for k, v in tensors.items()} for tensors in (theirs, own))
+    if shapes != wanted:
+        different = sorted(k for k, _ in shapes.items() ^ wanted.items())
+        raise ValueError(
+            f"The averaged model is not a copy of the reference's model: {different[0]} is "
+            f"missing in one of them, or has another shape ({len(different)} such names)."
+        )
+    data = {name: tensor.data for name, tensor in own.items()}
+    try:
+        for name, tensor in own.items():
+            tensor.data = theirs[name].detach().to(tensor)
+        yield
+    finally:
+        for name, tensor in own.items():
+            tensor.data = data[name]

@@ -7,6 +7,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,24 @@ def draw_images(
     return order[:num_images]
 
 
-def is_landscape(dataset_dict: dict) -> bool:
-    """Return the group of an image under DATALOADER.ASPECT_RATIO_GROUPING, for `draw_images`."""
+def is_landscape(dataset_dict: dict) -> bool | None:
+    """Return the group of an image under DATALOADER.ASPECT_RATIO_GROUPING, for `draw_images`.
+
+    None if its dict does not have the size: Detectron2's mapper reads it with the image.
+    """
+    if "width" not in dataset_dict or "height" not in dataset_dict:
+        return None
     return dataset_dict["width"] > dataset_dict["height"]
 
 
 def identity_of(dataset: str, dataset_dicts: Sequence[dict], seed: int) -> dict:
     """Return the identity of a reference: dataset, seed, and each image's id, file and fingerprint.
 
-    The identity consists of plain containers, so that a checkpoint can hold it. Every image file is
-    read once: by the function "read" in the image's dict if there is one (for an image in a tar
-    file), else from "file_name".
+    The identity consists of plain containers, so that a checkpoint can hold it. A fingerprint
+    covers the image file, the annotations or the label, and the files of a semantic or panoptic
+    segmentation. Every file is read once: the image by the function "read" in its dict if there is
+    one (for an image in a tar file), and files by the function "read_file" (path -> bytes) if there
+    is one.
     """
     images = [{**_name(d), "fingerprint": _fingerprint(d)} for d in dataset_dicts]
     return {"dataset": dataset, "seed": seed, "images": images}
@@ -66,7 +74,8 @@ def identity_of(dataset: str, dataset_dicts: Sequence[dict], seed: int) -> dict:
 def identity_of_samples(samples: Sequence) -> dict:
     """Return the identity of a reference without files: a fingerprint of each sample.
 
-    The fingerprint covers tensors and plain values, in dicts, tuples and lists of any depth.
+    The fingerprint covers tensors, arrays, pictures and plain values, in dicts, tuples, lists and
+    objects of any depth.
     """
     images = [
         {"image_id": index, "fingerprint": _digest(_bytes_of(sample))}
@@ -79,10 +88,17 @@ def _bytes_of(value: Any) -> bytes:
     if isinstance(value, Tensor):
         content = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
         return f"{value.dtype}{tuple(value.shape)}".encode() + content
+    if hasattr(value, "__array_interface__") and not isinstance(value, np.generic):
+        array = np.asarray(value)  # of numpy, or a picture of PIL
+        if not array.dtype.hasobject:
+            return f"{array.dtype}{array.shape}".encode() + array.tobytes()
+        value = array.tolist()
     if isinstance(value, Mapping):
         return b"".join(f"{key}=".encode() + _bytes_of(inner) for key, inner in value.items())
     if isinstance(value, tuple | list):
         return b"".join(map(_bytes_of, value))
+    if hasattr(value, "__dict__") and not callable(value) and not isinstance(value, Enum):
+        return type(value).__name__.encode() + _bytes_of(vars(value))  # its repr may leave out much
     return repr(value).encode()
 
 
@@ -164,6 +180,25 @@ def select_reference(
 
 
 def _fingerprint(dataset_dict: dict) -> str:
-    read = dataset_dict.get("read") or Path(dataset_dict["file_name"]).read_bytes
+    read_file = dataset_dict.get("read_file", _read_file)
+    read = dataset_dict.get("read")
+    parts = [read() if read else read_file(dataset_dict["file_name"])]
     annotations = dataset_dict.get("annotations", dataset_dict.get("label"))
-    return _digest(read(), json.dumps(annotations, sort_keys=True, default=str).encode())
+    parts.append(json.dumps(annotations, sort_keys=True, default=_plain).encode())
+    for key in ("sem_seg_file_name", "pan_seg_file_name"):
+        if dataset_dict.get(key) is not None:
+            parts += [key.encode(), read_file(dataset_dict[key])]
+    if "segments_info" in dataset_dict:  # of a panoptic segmentation
+        parts.append(json.dumps(dataset_dict["segments_info"], default=_plain).encode())
+    return _digest(*parts)
+
+
+def _read_file(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+def _plain(value: Any) -> str:
+    """Return text for what json cannot hold; a long array's own text leaves out its middle."""
+    if isinstance(value, np.ndarray | Tensor):
+        return _digest(_bytes_of(value))
+    return str(value)

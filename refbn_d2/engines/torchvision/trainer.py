@@ -13,6 +13,7 @@ from refbn_d2.checkpoint.loading import load_weights
 from refbn_d2.checkpoint.source import load_source
 from refbn_d2.config import refbn_options
 from refbn_d2.config.checks import warn_frozen_from_scratch
+from refbn_d2.config.refbn import check_model
 from refbn_d2.engines.torchvision.data import (
     LoadedDataset,
     Mapper,
@@ -111,6 +112,7 @@ class Trainer(TrainingLoop):
         seed = checkpoint["seed"] if checkpoint else seed_of_run(cfg)
         torch.manual_seed(seed)
         model = _build_model(cfg, checkpoint, allow_partial_weights)
+        check_model(model, cfg)
         self.train_dicts = data.dicts
         start = checkpoint["iteration"] + 1 if checkpoint else 0
         optimizer = build_optimizer(cfg, model)
