@@ -10,6 +10,9 @@
     config defaults             have MODEL.REFBN and DATASETS.REGISTER
     TrainerBase.register_hooks  adds a `ReferenceBatchHook` if the model has RefBN
     DatasetCatalog              knows `shapes_train` and the other shapes
+
+MODEL.BACKBONE.FREEZE_AT needs nothing: Detectron2 makes every BatchNorm2d, RefBN included, a
+FrozenBatchNorm2d.
 """
 
 import functools

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from refbn_d2.study.fingerprint import code_hash
 from refbn_d2.study.plan import Job
-from refbn_d2.utils.errors import ConfigError, DataError
+from refbn_d2.utils.errors import ConfigError, DataError, DivergedError
 from refbn_d2.utils.file_io import write_text
 
 POLL = 0.1  # seconds between two checks of the processes
@@ -286,7 +286,8 @@ def _why(code: int, one: _Running) -> tuple[str, str]:
     """Return "diverged" or "failed", and the last line of the process's output."""
     lines = (one.job.folder / "output.txt").read_text(errors="replace").splitlines()
     last = next((line for line in reversed(lines) if line.strip()), "")
-    status = "diverged" if last.startswith("FloatingPointError") else "failed"
+    diverged = last.startswith(f"{DivergedError.__name__}:")  # as `run_or_exit` prints it
+    status = "diverged" if diverged else "failed"
     return status, f"{one.stage}: {last[:500]} (exit code {code})"
 
 

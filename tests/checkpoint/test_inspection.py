@@ -30,10 +30,10 @@ def test_a_classifier_of_torchvisions(resnext, tmp_path):
     path = tmp_path / "a.safetensors"
     save_checkpoint(resnext, path)
     rows, takes = table(describe(path))
-    learnt = sum(p.numel() for p in torchvision.models.resnext50_32x4d().parameters())
+    learned = sum(p.numel() for p in torchvision.models.resnext50_32x4d().parameters())
     assert rows == {
         "format": f"safetensors, {path.stat().st_size / 2**20:.1f} MiB",
-        "parameters": f"{learnt:,} in 161 of 320 tensors",
+        "parameters": f"{learned:,} in 161 of 320 tensors",
         "model": "classifier, ResNeXt-50 32x4d with BN, 1000 classes",
         "layout": "torchvision's (and timm's)",
     }

@@ -266,16 +266,16 @@ def test_retinanet_keeps_its_loss_normaliser_in_a_capture(detectron2_cfg):
         ]
     )  # fmt: skip
     trainer = trainer_of(detectron2_cfg)
-    normalisers = []
+    normalizers = []
     original = trainer.run_step
 
     def step():
-        normalisers.append(getattr(trainer.model, "loss_normalizer", None))
+        normalizers.append(getattr(trainer.model, "loss_normalizer", None))
         original()
 
     trainer.run_step = step
     trainer.train()
-    assert normalisers[0] is None and len(set(normalisers)) == 4
+    assert normalizers[0] is None and len(set(normalizers)) == 4
     per_level = [m for n, m in refbn_layers(trainer.model) if n.startswith("head.")]
     assert len(per_level) == 2 * 5 and all(m.ref_count > 0 for m in per_level)
     counts = [int(m.ref_count) for m in per_level[:5]]

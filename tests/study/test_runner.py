@@ -15,6 +15,8 @@ from refbn_d2.utils.errors import ConfigError
 
 FAKE = """
 import pathlib, signal, sys, time
+from refbn_d2.utils.arguments import run_or_exit
+from refbn_d2.utils.errors import DivergedError
 what, folder = sys.argv[-2], pathlib.Path(sys.argv[-1])
 with open(folder / "said", "a") as file:
     file.write(" ".join(sys.argv[1:-1]) + "\\n")
@@ -26,7 +28,9 @@ if what == "slow" and "--resume" not in sys.argv:
     (folder / "started").touch()
     time.sleep(60)
 if what == "diverge":
-    sys.exit("FloatingPointError: The loss became infinite or NaN at iteration 3")
+    def diverge(args):
+        raise DivergedError("Training diverged at iteration 3: the loss is infinite or NaN")
+    run_or_exit(diverge, None)
 if what == "fail":
     sys.exit("ConfigError: nothing fits")
 (folder / "model_0000001.pth").touch()
