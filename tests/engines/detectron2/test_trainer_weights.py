@@ -176,7 +176,7 @@ def test_weights_that_do_not_fit_stop_the_run(tmp_path, log):
     load(small(**deeper), tmp_path / "r18.pth", allow_partial=True)
     assert "do not fit" in log.text
     np.savez(tmp_path / "odd.npz", a=1)
-    with pytest.raises(CheckpointError, match="odd.npz is cut off or no checkpoint"):
+    with pytest.raises(CheckpointError, match="odd.npz is cut off or not a checkpoint"):
         load(small(), tmp_path / "odd.npz")
 
 

@@ -149,8 +149,8 @@ CASES = [
     ({"val": no_mask}, [], "annotation 2 of image .* has no segmentation"),
     ({"train": gone_picture}, [], r"1 of 24 pictures do not exist: .*gone\.png"),
     ({"val": gone_picture}, [], r"1 of 6 pictures do not exist: .*gone\.png"),
-    ({}, ["DATASETS.TRAIN", ["shapes_trian"]], "no dataset is called 'shapes_trian'"),
-    ({}, ["DATASETS.TEST", ["shapes_vla"]], "no dataset is called 'shapes_vla'"),
+    ({}, ["DATASETS.TRAIN", ["shapes_trian"]], "no data set is called 'shapes_trian'"),
+    ({}, ["DATASETS.TEST", ["shapes_vla"]], "no data set is called 'shapes_vla'"),
     ({}, ["SOLVER.IMS_PER_BATCH", 3], "IMS_PER_BATCH = 3 cannot be split evenly over 2"),
 ]
 

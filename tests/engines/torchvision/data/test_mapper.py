@@ -177,7 +177,7 @@ def test_another_size_than_the_json_says_is_an_error(dataset_dict):
         Mapper(config(), is_train=False)(dataset_dict)
     assert "EXIF" not in str(error.value)
     dataset_dict.update(height=W, width=H)
-    with pytest.raises(ValueError, match="84 x 60 .* 60 x 84 .*EXIF"):
+    with pytest.raises(ValueError, match="84 x 60 .* 60 x 84.*EXIF"):
         Mapper(config(), is_train=False)(dataset_dict)
 
 
