@@ -116,7 +116,7 @@ def _check_name(name: str, key: str) -> None:
     if name not in DatasetCatalog.list():
         known = [n for n in DatasetCatalog.list() if n.split("_")[0] == name.split("_")[0]]
         raise ConfigError(
-            f"DATASETS.{key}: no dataset is called {name!r}. Register it, by DATASETS.REGISTER "
+            f"DATASETS.{key}: no data set is called {name!r}. Register it, by DATASETS.REGISTER "
             f"(({name!r}, json, image_root),) in the config or register_coco_instances. "
             f"Known: {listing(sorted(known or DatasetCatalog.list()), 20)}"
         )

@@ -171,9 +171,9 @@ def gone_picture(content):
             {},
             2,
             ["DATASETS.TRAIN", ("shapes_trian",)],
-            "TRAIN: no dataset is called 'shapes_tr",
+            "TRAIN: no data set is called 'shapes_tr",
         ),
-        ({}, 1, ["DATASETS.TEST", ("shapes_vla",)], "TEST: no dataset is called 'shapes_vla'"),
+        ({}, 1, ["DATASETS.TEST", ("shapes_vla",)], "TEST: no data set is called 'shapes_vla'"),
         ({}, 2, ["SOLVER.IMS_PER_BATCH", 3], "IMS_PER_BATCH = 3 cannot be split evenly over 2"),
     ],
 )
@@ -222,7 +222,7 @@ def test_lazyconfig_says_it_in_one_line_too(tmp_path, monkeypatch):
     config.write_text(LAZY)
     for override, message in (
         ([], "total_batch_size = 3 cannot be split evenly over 2 workers"),
-        (["dataloader.train.total_batch_size=2"], "no dataset is called 'nowhere'"),
+        (["dataloader.train.total_batch_size=2"], "no data set is called 'nowhere'"),
     ):
         with pytest.raises(RefBNError, match=message):
             lazyconfig.run(arguments(config, override, num_gpus=2))
