@@ -1,17 +1,14 @@
 """Run the pretraining, in this process and as a user starts it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from refbn_d2.checkpoint import load_checkpoint
 from refbn_d2.config.resume import FREE_IN_PRETRAINING
 from refbn_d2.pretrain.trainer import Trainer, evaluate, train
 from refbn_d2.training.main import run_training
+from tests.trainers import start_tool
 
-ROOT = Path(__file__).parents[2]
 ALL_AT_ONCE = [
     "MODEL.EMA.ENABLED", True, "MODEL.EMA.DECAY", 0.8, "MODEL.DROP_PATH_RATE", 0.2,
     "INPUT.MIXUP_ALPHA", 0.4, "INPUT.CUTMIX_ALPHA", 1.0, "INPUT.RANDOM_ERASING", 0.5,
@@ -42,10 +39,5 @@ def metrics(cfg):
     return [json.loads(line) for line in lines]
 
 
-def start(cfg, tmp_path, *arguments, launcher=(), **options):
-    config_file = tmp_path / "config.yaml"
-    config_file.write_text(cfg.dump())
-    command = [*(launcher or [sys.executable]), str(ROOT / "tools/pretrain_imagenet.py")]
-    command += ["--config-file", str(config_file), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, text=True, **options)
+def start(cfg, tmp_path, *arguments, **options):
+    return start_tool("pretrain_imagenet.py", cfg, tmp_path, *arguments, **options)

@@ -13,29 +13,7 @@ import torch
 from refbn_d2.checkpoint import load_checkpoint
 from refbn_d2.pretrain.trainer import Trainer
 from tests.pretrain.helpers import ALL_AT_ONCE, final, metrics, run, start
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different, different
-
-
-class Killed(BaseException):
-    pass
-
-
-def kill_at(monkeypatch, iteration):
-    """End the run as SIGKILL does: nothing is written afterwards."""
-    step = Trainer.step
-
-    def dying_step(self, i, batch):
-        if i == iteration:
-            raise Killed
-        return step(self, i, batch)
-
-    monkeypatch.setattr(Trainer, "step", dying_step)
-
+from tests.trainers import Killed, assert_same, kill_at
 
 # ---- resumption
 
@@ -45,7 +23,7 @@ def test_killed_and_resumed_equals_straight(cfg, tmp_path, monkeypatch, refresh)
     cfg.merge_from_list(["MODEL.REFBN.REFRESH", refresh, *ALL_AT_ONCE])
     run(cfg, "OUTPUT_DIR", str(tmp_path / "straight"))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 11)
+        kill_at(patch, Trainer, 11)
         run(cfg)
     assert (Path(cfg.OUTPUT_DIR) / "last_checkpoint").read_text() == "model_0000006.pth"
     run(cfg, "DATALOADER.NUM_WORKERS", 2, resume=True)
@@ -55,14 +33,14 @@ def test_killed_and_resumed_equals_straight(cfg, tmp_path, monkeypatch, refresh)
 
 def test_only_the_last_checkpoint_is_kept(cfg, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 15)
+        kill_at(patch, Trainer, 15)
         run(cfg)
     assert [p.name for p in Path(cfg.OUTPUT_DIR).glob("model_0*.pth")] == ["model_0000013.pth"]
 
 
 def test_half_written_files_of_a_killed_run(cfg, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 9)
+        kill_at(patch, Trainer, 9)
         run(cfg)
     out = Path(cfg.OUTPUT_DIR)
     whole = (out / "model_0000006.pth").read_bytes()

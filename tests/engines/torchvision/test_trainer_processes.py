@@ -15,30 +15,9 @@ from refbn_d2.engines.torchvision.trainer import Trainer
 from refbn_d2.utils import distributed
 from refbn_d2.utils.errors import DivergedError
 from tests.engines.torchvision.helpers import run, start, weights
+from tests.trainers import Killed, assert_same, kill_at
 
 # ---- resumption
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different, different
-
-
-class Killed(BaseException):
-    pass
-
-
-def kill_at(monkeypatch, iteration):
-    """End the run as SIGKILL does: nothing is written afterwards."""
-    step = Trainer.step
-
-    def dying_step(self, i, samples):
-        if i == iteration:
-            raise Killed
-        return step(self, i, samples)
-
-    monkeypatch.setattr(Trainer, "step", dying_step)
 
 
 @pytest.mark.parametrize("refresh", ["static", "full", "slice", "concat"])
@@ -46,7 +25,7 @@ def test_killed_and_resumed_equals_straight(tiny_cfg, tmp_path, monkeypatch, ref
     tiny_cfg.merge_from_list(["MODEL.REFBN.REFRESH", refresh, "DATASETS.TEST", []])
     run(tiny_cfg, "OUTPUT_DIR", str(tmp_path / "straight"))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 6)
+        kill_at(patch, Trainer, 6)
         run(tiny_cfg)
     assert (Path(tiny_cfg.OUTPUT_DIR) / "last_checkpoint").read_text() == "model_0000003.pth"
     run(tiny_cfg, "DATALOADER.NUM_WORKERS", 2, resume=True)
