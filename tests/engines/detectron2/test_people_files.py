@@ -1,4 +1,4 @@
-"""People's COCO files on the Detectron2 engine: repaired, scored rightly, or one line."""
+"""COCO files that people have, on the Detectron2 engine: repaired and scored, or one line."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ import pytest
 
 from refbn_d2.utils.errors import RefBNError
 
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 pytestmark = pytest.mark.detectron2
 
 
