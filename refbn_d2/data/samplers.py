@@ -1,7 +1,9 @@
 """Choose the images of each batch and process, and start the processes that load them."""
 
+import os
 import signal
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import count, islice
@@ -99,11 +101,21 @@ def domains_of(dataset_dicts: Sequence[dict], field: str) -> list[Hashable]:
 
 
 def start_worker(worker: int) -> None:
-    """Prepare a loading process: ignore Ctrl-C, end at SIGTERM, and use one thread in OpenCV.
+    """Prepare a loading process: only the main process ends it; OpenCV uses one thread.
 
-    A terminal sends Ctrl-C to all processes, but only the main process handles it. Python ends
-    workers by SIGTERM at exit. Without a limit, OpenCV starts one thread per core in each worker.
+    A terminal sends Ctrl-C to all processes, and some batch systems send SIGTERM to all. The main
+    process handles both, and may need batches until it has written its checkpoint. Without a
+    limit, OpenCV starts one thread per core in each worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     if "cv2" in sys.modules:
         sys.modules["cv2"].setNumThreads(0)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Wait for SIGTERM from the parent process, which ends its workers by it; ignore others'."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

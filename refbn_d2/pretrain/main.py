@@ -6,7 +6,7 @@ from refbn_d2.config import refbn_options
 from refbn_d2.config.pretrain import check_pretrain_config, get_pretrain_cfg
 from refbn_d2.config.resume import FREE_IN_PRETRAINING
 from refbn_d2.pretrain.trainer import evaluate, train
-from refbn_d2.training.main import run_training
+from refbn_d2.training.main import run_lock, run_training
 from refbn_d2.utils.device import resolve_device
 from refbn_d2.utils.distributed import launch
 
@@ -25,8 +25,9 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     check_pretrain_config(cfg)
     refbn_options(cfg)
     cfg.freeze()
-    return launch(
-        run_training, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url,
-        cfg.MODEL.DEVICE,
-        (cfg, train, evaluate, FREE_IN_PRETRAINING, args.resume, args.eval_only),
-    )  # fmt: skip
+    with run_lock(cfg.OUTPUT_DIR, args):
+        return launch(
+            run_training, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url,
+            cfg.MODEL.DEVICE,
+            (cfg, train, evaluate, FREE_IN_PRETRAINING, args.resume, args.eval_only),
+        )  # fmt: skip

@@ -5,7 +5,6 @@ import json
 import math
 import platform
 import shlex
-import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -23,12 +22,13 @@ from refbn_d2.study.fingerprint import code_hash
 from refbn_d2.study.plan import Plan, parse_only, plain
 from refbn_d2.study.report import About, drawn, html, markdown
 from refbn_d2.study.results import Row, write_csv
-from refbn_d2.study.runner import Record, Runner, locked
+from refbn_d2.study.runner import Record, Runner
 from refbn_d2.study.spec import Study, load_study
 from refbn_d2.study.tables import table_of
 from refbn_d2.study.timing import measure_timing
 from refbn_d2.utils.errors import ConfigError
 from refbn_d2.utils.file_io import write_text
+from refbn_d2.utils.lock import locked
 from refbn_d2.visualization.curves import compare_curves
 from refbn_d2.visualization.intervals import plot_intervals
 
@@ -58,8 +58,7 @@ def measure(args: argparse.Namespace) -> None:
             for stage in job.stages:
                 print(stage.shown())
         return
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    with locked(folder):
+    with locked(folder, "--output-dir"):
         check_study(study, folder)
         runner = Runner(jobs, args.jobs)
         plan.make_data(jobs)

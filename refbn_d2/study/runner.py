@@ -4,7 +4,6 @@ Each job's folder holds `status.json`, {"status", "recipe", "seconds", "stages",
 `output.txt`, the output of its processes.
 """
 
-import fcntl
 import json
 import os
 import signal
@@ -12,9 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any
 
 from refbn_d2.study.fingerprint import code_hash
@@ -87,24 +84,6 @@ class _Running:
     process: subprocess.Popen | None = None
     stage: str = ""
     start: float = field(default_factory=time.monotonic)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock the study's folder, so that two programs do not overwrite each other's runs.
-
-    Raises:
-        ConfigError: another program has locked it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another program works in {folder}; wait for it, or give another --output-dir"
-            ) from None
-        yield
 
 
 def gpus() -> list[str]:

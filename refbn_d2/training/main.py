@@ -1,6 +1,9 @@
 """Prepare and run a training in a worker process, for both trainers."""
 
+import argparse
+import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +12,24 @@ import torch
 from refbn_d2.training.events import setup_logging
 from refbn_d2.training.output_dir import check_output_dir
 from refbn_d2.utils import distributed
+from refbn_d2.utils.lock import locked
 
 Job = Callable[[Any, Path, bool], dict]  # (cfg, output_dir, resume) -> results
+
+
+def run_lock(
+    output_dir: str | os.PathLike, args: argparse.Namespace
+) -> AbstractContextManager[None]:
+    """Return a context in which no other process trains in `output_dir`.
+
+    The process that starts worker 0 holds the lock, for all workers. An evaluation needs none: it
+    may run beside a training.
+
+    Args:
+        args: of `default_argument_parser`.
+    """
+    holds = distributed.starts_worker_0(args.machine_rank) and not args.eval_only
+    return locked(output_dir) if holds else nullcontext()
 
 
 def run_training(

@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -31,7 +33,8 @@ def default_argument_parser(description: str | None) -> argparse.ArgumentParser:
 def run_or_exit(run: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     """Call `run(args)`; an error that a user can fix ends the process with one line.
 
-    Its traceback goes to log.txt, if there is one. Any other error is a bug, and is raised as it
+    Its traceback goes to log.txt, if there is one. Ctrl-C ends the process with a line, by SIGINT,
+    so that a shell script that called it ends too. Any other error is a bug, and is raised as it
     is.
 
     Raises:
@@ -39,6 +42,11 @@ def run_or_exit(run: Callable[[argparse.Namespace], object], args: argparse.Name
     """
     try:
         run(args)
+    except KeyboardInterrupt:
+        logging.getLogger("refbn_d2").debug("", exc_info=True)
+        print("Interrupted.", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     except (RefBNError, OSError) as error:
         logging.getLogger("refbn_d2").debug("", exc_info=True)
         sys.exit(f"{type(error).__name__}: {error}")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from refbn_d2.utils.errors import ConfigError, RefBNError
+from refbn_d2.utils.errors import ConfigError, RefBNError, WorkerKilledError
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ def launch(
         ConfigError: no worker, more GPUs than the machine has, or dist_url "auto" for several
             machines.
         RefBNError, OSError: the first of these that a worker raises.
+        WorkerKilledError: a signal ended a worker.
         ProcessRaisedException: a worker raises any other error; holds its traceback.
         SystemExit: a worker ends with this code.
     """
@@ -81,6 +82,12 @@ def launch(
         if not errors.empty():
             raise errors.get() from None
         if isinstance(error, mp.ProcessExitedException):
+            if error.exit_code < 0:
+                raise WorkerKilledError(
+                    f"Worker {error.error_index} was killed by {error.signal_name}, so the others "
+                    "were ended. If nobody killed it, the machine may be out of memory. Resume "
+                    "with --resume."
+                ) from None
             raise SystemExit(error.exit_code) from None
         raise
     finally:
@@ -93,6 +100,11 @@ def planned_world_size(num_gpus_per_machine: int, num_machines: int) -> int:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return max(1, num_machines * num_gpus_per_machine)
+
+
+def starts_worker_0(machine_rank: int) -> bool:
+    """Return whether this process calls `launch` for worker 0, or is worker 0 under torchrun."""
+    return int(os.environ.get("RANK", machine_rank)) == 0
 
 
 def _pass_on(number: int, processes: list) -> None:

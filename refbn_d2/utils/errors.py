@@ -23,6 +23,10 @@ class DivergedError(RefBNError, FloatingPointError):
     """A loss or a gradient is infinite or NaN: the training has diverged."""
 
 
+class WorkerKilledError(RefBNError, ChildProcessError):
+    """A worker process was ended by a signal."""
+
+
 class MissingDependencyError(RefBNError, ImportError):
     """A package that the command needs is not installed, or cannot be imported."""
 

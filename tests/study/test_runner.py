@@ -10,7 +10,7 @@ import time
 import pytest
 
 from refbn_d2.study.plan import Job, Stage
-from refbn_d2.study.runner import Record, Runner, locked
+from refbn_d2.study.runner import Record, Runner
 from refbn_d2.utils.errors import ConfigError
 
 FAKE = """
@@ -120,13 +120,6 @@ def test_threads_and_gpus(tmp_path, monkeypatch):
     environments = [runner._environment(slot) for slot in (0, 1)]
     assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == ["4", "7"]
     assert {e["OMP_NUM_THREADS"] for e in environments} == {"6"}
-
-
-def test_one_program_a_folder(tmp_path):
-    with locked(tmp_path / "x"):
-        with pytest.raises(ConfigError, match="another program works in"):
-            with locked(tmp_path / "x"):
-                pass
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

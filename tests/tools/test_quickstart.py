@@ -99,8 +99,26 @@ def test_estimate(tmp_path, script):
     assert record.estimate(todo) == " (about 2 min left)"
 
 
-@pytest.mark.parametrize("stop, code", [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
-def test_stopped_from_outside(tmp_path, script, stop, code):
+def test_the_signal_handlers_are_restored(tmp_path, script):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    run(tmp_path, [script("first")])
+    with pytest.raises(ChildProcessError):
+        run(tmp_path, [script("first"), script("fails", "sys.exit(3)")])
+    assert {number: signal.getsignal(number) for number in before} == before
+    assert not (tmp_path / "run.lock").exists()
+
+
+@pytest.mark.parametrize(
+    "stop, code, to_all, before",
+    [
+        (signal.SIGTERM, 143, False, signal.SIG_DFL),
+        (signal.SIGTERM, 143, True, signal.SIG_DFL),  # some batch systems send it to all processes
+        (signal.SIGINT, -signal.SIGINT, True, signal.SIG_DFL),  # as a terminal does
+        (signal.SIGINT, -signal.SIGINT, True, signal.SIG_IGN),  # of a job in the background
+        (signal.SIGINT, -signal.SIGINT, False, signal.SIG_IGN),
+    ],
+)
+def test_stopped_from_outside(tmp_path, script, stop, code, to_all, before):
     """The step is stopped too, may finish its work, and is not recorded as done."""
     waits = (
         "import signal, time\nfrom pathlib import Path\ndef end(*_): Path(sys.argv[0] + '.saved')"
@@ -117,16 +135,14 @@ def test_stopped_from_outside(tmp_path, script, stop, code):
     parent = subprocess.Popen(
         [sys.executable, "-c", code_of_parent], cwd=ROOT, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, before),
     )  # fmt: skip
     up = Path(step.command[0] + ".up")
     deadline = time.monotonic() + 60
     while not up.exists():
         assert parent.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    if stop == signal.SIGINT:  # a terminal sends it to all processes
-        os.killpg(parent.pid, stop)
-    else:
-        parent.send_signal(stop)
+    (os.killpg if to_all else os.kill)(parent.pid, stop)
     assert parent.wait(timeout=30) == code
     assert Path(step.command[0] + ".saved").exists()
     assert not json.loads((tmp_path / "steps.json").read_text())["training"]["done"]

@@ -7,7 +7,6 @@ are done, so that an interrupted run resumes.
 import base64
 import json
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import jinja2
 
 from refbn_d2.utils.errors import ConfigError, DataError
 from refbn_d2.utils.file_io import write_text
+from refbn_d2.utils.lock import locked
 from refbn_d2.visualization.curves import compare_curves
 
 ROOT = Path(__file__).parents[2]  # of the checkout, which holds configs/ and tools/
@@ -139,17 +139,17 @@ def run(folder: Path, todo: list[Step]) -> "Record":
 
     Raises:
         ChildProcessError: a step failed; names its command.
-        ConfigError: `folder` holds a quickstart with other commands.
+        ConfigError: `folder` holds a quickstart with other commands, or another process runs one.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    record = Record(folder / "steps.json")
-    record.check(todo)
-    for number, step in enumerate(todo, start=1):
-        if record.is_done(step):
-            continue
-        print(f"\n[{number}/{len(todo)}] {step.title}{record.estimate(todo)}", flush=True)
-        _do(step, record)
-    return record
+    with locked(folder, "--output-dir"):
+        record = Record(folder / "steps.json")
+        record.check(todo)
+        for number, step in enumerate(todo, start=1):
+            if record.is_done(step):
+                continue
+            print(f"\n[{number}/{len(todo)}] {step.title}{record.estimate(todo)}", flush=True)
+            _do(step, record)
+        return record
 
 
 class Record:
@@ -237,9 +237,8 @@ def _call(command: list[str]) -> tuple[int, str]:
             print(line, end="", flush=True)
             lines.append(line)
         return process.wait(), "".join(lines)
-    except BaseException as error:  # stop the child, which then writes a checkpoint
-        if not isinstance(error, KeyboardInterrupt):
-            process.terminate()
+    except BaseException:  # stop the child, which then writes a checkpoint
+        process.terminate()
         process.communicate()
         raise
 

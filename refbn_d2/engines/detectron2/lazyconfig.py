@@ -43,6 +43,7 @@ from refbn_d2.engines.detectron2.trainer import (
 )
 from refbn_d2.layers import has_refbn
 from refbn_d2.plugin.hook import ReferenceBatchHook, unwrapped
+from refbn_d2.training.main import run_lock
 from refbn_d2.training.output_dir import check_not_overwritten
 from refbn_d2.utils.device import resolve_device
 from refbn_d2.utils.distributed import launch, planned_world_size
@@ -69,10 +70,11 @@ def run(args: argparse.Namespace) -> None:
     if workers > 1:  # a single worker reads the data itself, before it builds anything
         train, test = _datasets(cfg)
         check_datasets(() if args.eval_only else train, test)
-    launch(
-        _main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url,
-        torch.device(cfg.train.device).type, (args,),
-    )  # fmt: skip
+    with run_lock(cfg.train.output_dir, args):
+        launch(
+            _main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url,
+            torch.device(cfg.train.device).type, (args,),
+        )  # fmt: skip
 
 
 @functools.cache  # spawned workers read the config again: it is a program, and may register data

@@ -49,6 +49,7 @@ from refbn_d2.config.resume import FREE_IN_DETECTION
 from refbn_d2.engines.detectron2.datasets import check_datasets, repaired_datasets
 from refbn_d2.plugin.hook import unwrapped
 from refbn_d2.plugin.registration import register_datasets
+from refbn_d2.training.main import run_lock
 from refbn_d2.training.output_dir import check_output_dir, check_resumable, last_checkpoint_name
 from refbn_d2.utils.device import resolve_device
 from refbn_d2.utils.distributed import launch, planned_world_size
@@ -74,10 +75,11 @@ def run(args: argparse.Namespace) -> None:
         check_batch(cfg, workers)
     if workers > 1:  # a single worker reads the data itself, before it builds anything
         check_datasets(*_datasets(cfg, args), masks=cfg.MODEL.MASK_ON)
-    launch(
-        _main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url,
-        torch.device(cfg.MODEL.DEVICE).type, (cfg, args),
-    )  # fmt: skip
+    with run_lock(cfg.OUTPUT_DIR, args):
+        launch(
+            _main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url,
+            torch.device(cfg.MODEL.DEVICE).type, (cfg, args),
+        )  # fmt: skip
 
 
 def _config(args: argparse.Namespace) -> CfgNode:

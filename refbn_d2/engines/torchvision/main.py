@@ -9,7 +9,7 @@ from refbn_d2.config.resume import FREE_IN_DETECTION
 from refbn_d2.engines.torchvision.data import check_datasets
 from refbn_d2.engines.torchvision.supported import check_supported
 from refbn_d2.engines.torchvision.trainer import evaluate, train
-from refbn_d2.training.main import run_training
+from refbn_d2.training.main import run_lock, run_training
 from refbn_d2.utils.device import resolve_device
 from refbn_d2.utils.distributed import launch, planned_world_size
 
@@ -35,7 +35,8 @@ def run(args: argparse.Namespace):
         check_datasets(cfg, args.eval_only)
     jobs = [partial(job, allow_partial_weights=args.allow_partial_weights)
             for job in (train, evaluate)]  # fmt: skip
-    return launch(
-        run_training, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url,
-        cfg.MODEL.DEVICE, (cfg, *jobs, FREE_IN_DETECTION, args.resume, args.eval_only),
-    )  # fmt: skip
+    with run_lock(cfg.OUTPUT_DIR, args):
+        return launch(
+            run_training, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url,
+            cfg.MODEL.DEVICE, (cfg, *jobs, FREE_IN_DETECTION, args.resume, args.eval_only),
+        )  # fmt: skip
