@@ -1,6 +1,7 @@
 """Checks of a detector's config that need neither data nor model."""
 
 import logging
+from collections.abc import Iterator
 
 from refbn_d2.utils.errors import ConfigError
 
@@ -21,6 +22,30 @@ def check_batch(cfg, world_size: int) -> None:
             f"SOLVER.IMS_PER_BATCH = {batch} cannot be split evenly over {workers} workers; "
             f"allowed: {workers}, {2 * workers}, {3 * workers}, ..."
         )
+
+
+def solver_misfits(cfg) -> Iterator[tuple[str, float, str]]:
+    """Yield (key, value, what is allowed) for values with which nothing is trained or saved."""
+    solver = cfg.SOLVER
+    for name in ("MAX_ITER", "CHECKPOINT_PERIOD", "BASE_LR"):
+        if not solver[name] > 0:
+            yield f"SOLVER.{name}", solver[name], "a number above 0"
+    end = solver.BASE_LR_END
+    if solver.LR_SCHEDULER_NAME == "WarmupCosineLR" and not 0 <= end <= solver.BASE_LR:
+        yield "SOLVER.BASE_LR_END", end, f"0 to SOLVER.BASE_LR = {solver.BASE_LR}"
+
+
+def check_solver(cfg) -> None:
+    """Check that the values under SOLVER train and save something.
+
+    Raises:
+        ConfigError: they do not; names each key, its value and what is allowed.
+    """
+    misfits = [
+        f"{key} = {value}; allowed: {allowed}" for key, value, allowed in solver_misfits(cfg)
+    ]
+    if misfits:
+        raise ConfigError(f"This config cannot be trained: {'. '.join(misfits)}.")
 
 
 def warn_frozen_from_scratch(cfg) -> None:

@@ -94,7 +94,7 @@ def check_study(study: Study, folder: Path) -> None:
         raise ConfigError(
             f"{folder} holds the study {before!r}, not {study.name!r}; give another --output-dir"
         )
-    path.write_text(json.dumps({"study": study.name}))
+    write_text(path, json.dumps({"study": study.name}))
 
 
 def _command(study: Study, *more: str) -> list[str]:

@@ -17,7 +17,7 @@ from typing import IO, Any
 from refbn_d2.study.fingerprint import code_hash
 from refbn_d2.study.plan import Job
 from refbn_d2.utils.errors import ConfigError, DataError, DivergedError
-from refbn_d2.utils.file_io import write_text
+from refbn_d2.utils.file_io import naming, write_text
 
 POLL = 0.1  # seconds between two checks of the processes
 ENDED = ("done", "diverged")
@@ -165,7 +165,7 @@ class Runner:
         record = self.records[job.id]
         record.write(status="not run", error="")
         todo = [stage for stage in job.stages if record.content["stages"].get(stage.name) != "done"]
-        output = open(job.folder / "output.txt", "ab")  # noqa: SIM115
+        output = open(job.folder / "output.txt", "ab", buffering=0)  # noqa: SIM115
         one = _Running(job, slot, record, output, iter(todo))
         self._advance(one)
         return one
@@ -189,8 +189,8 @@ class Runner:
             stage.resumable and stage.output_dir and (stage.output_dir / "last_checkpoint").exists()
         )
         command = stage.command(resume)
-        one.output.write(f"$ {stage.shown()}\n".encode())
-        one.output.flush()
+        with naming(one.job.folder / "output.txt"):
+            one.output.write(f"$ {stage.shown()}\n".encode())
         one.stage = stage.name
         one.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=one.output, stderr=subprocess.STDOUT,

@@ -3,7 +3,9 @@
 import json
 import logging
 import sys
+import threading
 from collections import defaultdict
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 from fvcore.common.history_buffer import HistoryBuffer
 from tqdm import tqdm
 
-from refbn_d2.utils.file_io import write_text
+from refbn_d2.utils.file_io import naming, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +22,7 @@ WINDOW = 20  # iterations between two lines, and in the medians of a line, as in
 
 def setup_logging(output_dir: Path, rank: int) -> None:
     """Send the package's log to stderr on worker 0, and to log.txt (log.txt.rank1, ...)."""
+    logging.raiseExceptions = False  # a log that cannot be written prints no traceback per line
     root = logging.getLogger("refbn_d2")
     root.setLevel(logging.DEBUG)
     root.propagate = False
@@ -62,8 +65,11 @@ class EventWriter:
         if start_iteration and path.exists():  # drop a line that was cut off
             lines = path.read_text().splitlines(keepends=True)
             write_text(path, "".join(line for line in lines if line.endswith("\n")))
+        self._path = path
         self._metrics = open(path, "a" if start_iteration else "w")  # noqa: SIM115
-        self._tensorboard = SummaryWriter(str(output_dir), purge_step=start_iteration)
+        threading.excepthook = _quiet(threading.excepthook)
+        with naming(path):
+            self._tensorboard = SummaryWriter(str(output_dir), purge_step=start_iteration)
         self._history: dict[str, HistoryBuffer] = defaultdict(lambda: HistoryBuffer(WINDOW))
         self._max_iter = max_iter
         self._bar = tqdm(
@@ -98,15 +104,30 @@ class EventWriter:
 
     def write_results(self, iteration: int, scalars: dict[str, float]) -> None:
         """Write scalars without a median, such as evaluation results."""
-        self._metrics.write(json.dumps({"iteration": iteration, **scalars}, sort_keys=True) + "\n")
-        self._metrics.flush()
-        for name, value in scalars.items():
-            self._tensorboard.add_scalar(name, value, iteration)
+        line = json.dumps({"iteration": iteration, **scalars}, sort_keys=True)
+        with naming(self._path):
+            self._metrics.write(line + "\n")
+            self._metrics.flush()
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, iteration)
 
     def close(self) -> None:
         self._bar.close()
-        self._metrics.close()
-        self._tensorboard.close()
+        with naming(self._path):
+            try:
+                self._metrics.close()
+            finally:
+                self._tensorboard.close()
+
+
+def _quiet(hook: Callable) -> Callable:
+    """Return a hook that prints no OSError of a thread: TensorBoard's writer raises it again."""
+
+    def quiet(args) -> None:
+        if not isinstance(args.exc_value, OSError):
+            hook(args)
+
+    return quiet
 
 
 class SilentWriter:

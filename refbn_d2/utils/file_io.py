@@ -25,12 +25,28 @@ def remove_unfinished(folder: str | os.PathLike) -> None:
 
 
 @contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Add `path` to an OSError without a file name, as writing to a full disk raises it.
+
+    Raises:
+        OSError: with `path`; also instead of the RuntimeError that torch.save raises for it.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError) and cause.errno and cause.filename is None:
+            raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from error
+        raise
+
+
+@contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file next to `path`, which replaces `path` at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # see remove_unfinished
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

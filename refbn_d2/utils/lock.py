@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from refbn_d2.utils.errors import ConfigError
+from refbn_d2.utils.file_io import naming
 
 NAME = "run.lock"
 
@@ -65,7 +66,8 @@ def _create(path: Path, key: str) -> str:
             _remove_if_stale(path, key)
             continue
         try:
-            os.write(file, owner.encode())
+            with naming(path):
+                os.write(file, owner.encode())
         except OSError:  # the disk is full
             path.unlink()
             raise

@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=int, default=200)
     p.add_argument("--seed", type=int, default=0, help="of the first round; the next has seed + 1")
     p.add_argument("--only", nargs="+", metavar="TARGET", help="beginnings of the targets' names")
+    p.add_argument("--faults", nargs="+", metavar="FAULT", help="beginnings of the faults' names")
     return p
 
 
@@ -43,7 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     base = Path(tempfile.mkdtemp(prefix="reliability-"))
     base.chmod(0o755)
     (base / "disk").mkdir()
-    kinds = faults(base / "disk")
+    kinds = [
+        kind
+        for kind in faults(base / "disk")
+        if not args.faults or kind.name.startswith(tuple(args.faults))
+    ]
     straight = {}
     for target in targets:
         data = base / f"data of {target.name}"

@@ -58,7 +58,7 @@ def play(target: Target, fault: Fault, rng: random.Random, seconds: float, expec
     start = fault.prepare()
     try:
         target.prepare()
-        moment = rng.uniform(0, seconds)
+        moment = rng.uniform(0, 0.95 * seconds)
 
         def strike(process: subprocess.Popen) -> None:
             try:

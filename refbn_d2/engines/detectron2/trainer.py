@@ -44,7 +44,7 @@ from refbn_d2 import plugin
 from refbn_d2.checkpoint.files import load_checkpoint
 from refbn_d2.checkpoint.loading import load_weights
 from refbn_d2.checkpoint.source import parse_source
-from refbn_d2.config.checks import check_batch, warn_frozen_from_scratch
+from refbn_d2.config.checks import check_batch, check_solver, warn_frozen_from_scratch
 from refbn_d2.config.resume import FREE_IN_DETECTION
 from refbn_d2.engines.detectron2.datasets import check_datasets, repaired_datasets
 from refbn_d2.plugin.hook import unwrapped
@@ -53,7 +53,7 @@ from refbn_d2.training.main import run_lock
 from refbn_d2.training.output_dir import check_output_dir, check_resumable, last_checkpoint_name
 from refbn_d2.utils.device import resolve_device
 from refbn_d2.utils.distributed import launch, planned_world_size
-from refbn_d2.utils.errors import ConfigError, DataError, DivergedError
+from refbn_d2.utils.errors import ConfigError, DataError, DivergedError, RefBNError
 from refbn_d2.visualization.curves import plot_curves
 from refbn_d2.visualization.samples import SAMPLES_SHOWN, draw_samples, sample_item
 
@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
     register_datasets(cfg)
     workers = planned_world_size(args.num_gpus, args.num_machines)
     if not args.eval_only:
+        check_solver(cfg)
         check_batch(cfg, workers)
     if workers > 1:  # a single worker reads the data itself, before it builds anything
         check_datasets(*_datasets(cfg, args), masks=cfg.MODEL.MASK_ON)
@@ -163,9 +164,20 @@ def join_workers(device: str, args: argparse.Namespace) -> None:
 
 def setup_log(output_dir: str) -> None:
     """Log this package like Detectron2; tracebacks of user errors go only to log.txt."""
+    logging.raiseExceptions = False  # a log that cannot be written prints no traceback per line
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_a_bug)
     for handler in setup_logger(output_dir, comm.get_rank(), name="refbn_d2").handlers:
         if getattr(handler, "stream", None) is sys.stdout:
             handler.setLevel(logging.INFO)
+
+
+def _is_a_bug(record: logging.LogRecord) -> bool:
+    """Return whether Detectron2 may log the traceback of what ended the training.
+
+    `run_or_exit` prints the errors that a user can fix in one line.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, RefBNError | OSError | FloatingPointError)
 
 
 class Trainer(DefaultTrainer):
@@ -263,6 +275,20 @@ class Checkpointer(DetectionCheckpointer):
     ) -> None:
         super().__init__(model, save_dir, **checkpointables)
         self.allow_partial = allow_partial
+
+    def save(self, name: str, **kwargs) -> None:
+        """Save as DetectionCheckpointer does, but no weights that are infinite or NaN.
+
+        Detectron2 checks only losses: a gradient that is not finite breaks the weights one step
+        before the loss shows it, and the last good checkpoint would no longer be the last one.
+
+        Raises:
+            FloatingPointError: a weight is infinite or NaN.
+        """
+        weights = [t for t in self.model.state_dict().values() if t.is_floating_point()]
+        if self.save_to_disk and not bool(nn.utils.get_total_norm(weights).isfinite()):
+            raise FloatingPointError(f"a weight is infinite or NaN, so {name}.pth is not written.")
+        super().save(name, **kwargs)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
         """Load as DetectionCheckpointer does; `path` may end in "?key=KEY" (`checkpoint.source`).

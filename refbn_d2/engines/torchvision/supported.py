@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from refbn_d2.config import ConfigError
 from refbn_d2.config.cfg_node import OTHER_ENGINE
+from refbn_d2.config.checks import solver_misfits
 from refbn_d2.engines.torchvision.modeling.norms import NORMS
 
 # Key that chooses an implementation -> the values that the torchvision engine implements.
@@ -49,9 +50,6 @@ CHOICES = {
     "TEST.AUG.ENABLED": (False,),
 }
 
-# Keys that must be above 0: otherwise nothing is trained or saved.
-POSITIVE = ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.BASE_LR")
-
 STAGES = ("stem", "res2", "res3", "res4", "res5")
 
 
@@ -85,9 +83,8 @@ def _unknown_choices(cfg) -> Iterator[tuple[str, str]]:
     for key, choices in CHOICES.items():
         if value_of(cfg, key) not in choices:
             yield key, " or ".join(map(repr, choices))
-    for key in POSITIVE:
-        if not value_of(cfg, key) > 0:
-            yield key, "a number above 0"
+    for key, _, allowed in solver_misfits(cfg):
+        yield key, allowed
 
 
 def _misfits(cfg) -> Iterator[tuple[str, str]]:
@@ -122,10 +119,6 @@ def _misfits(cfg) -> Iterator[tuple[str, str]]:
         if len(model[section].IOU_LABELS) != len(model[section].IOU_THRESHOLDS) + 1:
             yield f"MODEL.{section}.IOU_LABELS", "one label more than there are IOU_THRESHOLDS"
     yield from _heads_misfits(model)
-    solver = cfg.SOLVER
-    falls = 0 <= solver.BASE_LR_END <= solver.BASE_LR
-    if solver.LR_SCHEDULER_NAME == "WarmupCosineLR" and not falls:
-        yield "SOLVER.BASE_LR_END", f"0 to SOLVER.BASE_LR = {solver.BASE_LR}"
 
 
 def _heads_misfits(model) -> Iterator[tuple[str, str]]:
