@@ -1,5 +1,6 @@
 """What happens to a run at a random moment, and how it is undone."""
 
+import ctypes
 import os
 import random
 import resource
@@ -7,8 +8,6 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-
-NOBODY = 65534  # root ignores the permission bits, so a run in a read-only folder is not root's
 
 
 class Fault:
@@ -112,11 +111,7 @@ class ReadOnly(Fault):
     name = "read-only folder"
 
     def prepare(self) -> Callable[[], None] | None:
-        if os.getuid() != 0:
-            return None
-        for path in (self.out, *self.out.rglob("*")):
-            os.chown(path, NOBODY, NOBODY)
-        return _become_nobody
+        return _obey_permissions if os.getuid() == 0 else None
 
     def strike(self, process: subprocess.Popen) -> None:
         self._permit(0o555)
@@ -129,10 +124,16 @@ class ReadOnly(Fault):
             folder.chmod(mode)
 
 
-def _become_nobody() -> None:
-    os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
+def _obey_permissions() -> None:
+    """Give up root's CAP_DAC_OVERRIDE, which ignores permission bits."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.capget(header, sets)
+    for i in range(3):
+        sets[i] &= ~(1 << 1)
+    if libc.capset(header, sets):
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 class VanishedImage(Fault):

@@ -65,17 +65,18 @@ def play(target: Target, fault: Fault, rng: random.Random, seconds: float, expec
                 process.wait(moment)
             except subprocess.TimeoutExpired:
                 fault.strike(process)
-            else:
-                raise StopIteration
+                struck.append(fault)
 
-        broken = None
-        try:
-            broken = _run(target, start, strike)
-        except StopIteration:
-            return _finished(target, expected, "had ended before")
+        struck: list[Fault] = []
+        broken = _run(target, start, strike)
+        if not struck and broken.code != 0:
+            raise Failure(f"it ended with {broken.code} before the fault: {broken.last_line}")
         _check_end(broken, fault.ends_by())
         _check_checkpoints(target.out)
-        fault.undo()
+        if struck:
+            fault.undo()
+        if broken.code == 0:
+            return _finished(target, expected, "unharmed" if struck else "had ended before")
         for _ in range(10):
             resumed = _run(target, start, None)
             if resumed.code == 0:
@@ -84,10 +85,8 @@ def play(target: Target, fault: Fault, rng: random.Random, seconds: float, expec
             if "is in use by process" not in resumed.output:  # a killed parent's child
                 raise Failure(f"the resumed run ended with {resumed.code}: {resumed.last_line}")
             time.sleep(5)
-        how = "unharmed" if broken.code == 0 else "resumed"
-        if SENTENCE.fullmatch(broken.last_line):
-            how = "a sentence, then resumed"
-        return _finished(target, expected, how)
+        said = SENTENCE.fullmatch(broken.last_line)
+        return _finished(target, expected, "a sentence, then resumed" if said else "resumed")
     finally:
         subprocess.run(["umount", target.out], capture_output=True)  # if it is a disk
 
