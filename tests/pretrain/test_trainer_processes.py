@@ -1,5 +1,6 @@
 """Runs that are killed and resumed, and runs of several workers."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import torch
 
 from refbn_d2.checkpoint import load_checkpoint
 from refbn_d2.pretrain.trainer import Trainer
+from refbn_d2.utils.lock import locked
 from tests.pretrain.helpers import ALL_AT_ONCE, final, metrics, run, start
 from tests.trainers import Killed, assert_same, kill_at
 
@@ -93,6 +95,14 @@ def test_signal_writes_a_checkpoint_and_resume_goes_on(cfg, tmp_path):
     run(cfg, "SOLVER.EPOCHS", done // 10 + 2, resume=True)
     resumed = load_checkpoint(Path(cfg.OUTPUT_DIR) / "model_final.pth")
     assert resumed["iteration"] == 10 * (done // 10 + 2) - 1
+
+
+def test_a_second_run_in_the_folder_is_refused_by_one_line(cfg, tmp_path):
+    with locked(cfg.OUTPUT_DIR):
+        process = start(cfg, tmp_path, "--resume", stderr=subprocess.PIPE)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"{cfg.OUTPUT_DIR} is in use by process {os.getpid()} on host" in err.splitlines()[-1]
 
 
 # ---- several workers

@@ -33,14 +33,8 @@ from torch import nn
 from refbn_d2.config import ConfigError, RefBNOptions
 from refbn_d2.config.refbn import LAYER_OPTIONS
 from refbn_d2.engines.detectron2.datasets import check_datasets, repaired_datasets
-from refbn_d2.engines.detectron2.trainer import (
-    Checkpointer,
-    Curves,
-    divergence,
-    draw_predictions,
-    join_workers,
-    setup_log,
-)
+from refbn_d2.engines.detectron2.processes import errors_explained, join_workers, setup_log
+from refbn_d2.engines.detectron2.trainer import Checkpointer, Curves, draw_predictions
 from refbn_d2.layers import has_refbn
 from refbn_d2.plugin.hook import ReferenceBatchHook, unwrapped
 from refbn_d2.training.main import run_lock
@@ -157,7 +151,7 @@ def _train(cfg: DictConfig, args: argparse.Namespace, model: nn.Module) -> None:
     trainer.register_hooks(used)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     resumed = args.resume and checkpointer.has_checkpoint()
-    with divergence(cfg.train.output_dir):
+    with errors_explained(cfg.train.output_dir):
         trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
 
 

@@ -9,10 +9,8 @@ import argparse
 import functools
 import logging
 import os
-import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +18,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.engine import DefaultTrainer, default_setup, defaults, hooks
+from detectron2.engine import DefaultTrainer, default_setup, hooks
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
@@ -37,7 +35,6 @@ from detectron2.evaluation import (
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from refbn_d2 import plugin
@@ -47,13 +44,14 @@ from refbn_d2.checkpoint.source import parse_source
 from refbn_d2.config.checks import check_batch, check_solver, warn_frozen_from_scratch
 from refbn_d2.config.resume import FREE_IN_DETECTION
 from refbn_d2.engines.detectron2.datasets import check_datasets, repaired_datasets
+from refbn_d2.engines.detectron2.processes import errors_explained, join_workers, setup_log
 from refbn_d2.plugin.hook import unwrapped
 from refbn_d2.plugin.registration import register_datasets
 from refbn_d2.training.main import run_lock
 from refbn_d2.training.output_dir import check_output_dir, check_resumable, last_checkpoint_name
 from refbn_d2.utils.device import resolve_device
 from refbn_d2.utils.distributed import launch, planned_world_size
-from refbn_d2.utils.errors import ConfigError, DataError, DivergedError, RefBNError
+from refbn_d2.utils.errors import ConfigError, DataError
 from refbn_d2.visualization.curves import plot_curves
 from refbn_d2.visualization.samples import SAMPLES_SHOWN, draw_samples, sample_item
 
@@ -132,52 +130,8 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
         warn_frozen_from_scratch(cfg)
     trainer = Trainer(cfg, args.allow_partial_weights)
     trainer.resume_or_load(resume=args.resume)
-    with divergence(cfg.OUTPUT_DIR):
+    with errors_explained(cfg.OUTPUT_DIR):
         trainer.train()
-
-
-@contextmanager
-def divergence(output_dir: str) -> Iterator[None]:
-    """Turn the FloatingPointError that Detectron2 raises if training diverges into a RefBNError.
-
-    Raises:
-        DivergedError: instead of FloatingPointError; also says what to do.
-    """
-    try:
-        yield
-    except FloatingPointError as error:
-        last = last_checkpoint_name(Path(output_dir)) or "none yet"
-        raise DivergedError(
-            f"Training diverged: {error} Lower the learning rate or lengthen the warmup. Last "
-            f"checkpoint: {last}."
-        ) from error
-
-
-def join_workers(device: str, args: argparse.Namespace) -> None:
-    """Do what Detectron2's `launch` does in a worker and `utils.distributed.launch` does not."""
-    if comm.get_world_size() == 1:
-        return
-    comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", args.num_gpus)))
-    if device == "cpu":  # DistributedDataParallel refuses the device_ids that Detectron2 passes
-        defaults.create_ddp_model = functools.partial(defaults.create_ddp_model, device_ids=None)
-
-
-def setup_log(output_dir: str) -> None:
-    """Log this package like Detectron2; tracebacks of user errors go only to log.txt."""
-    logging.raiseExceptions = False  # a log that cannot be written prints no traceback per line
-    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_a_bug)
-    for handler in setup_logger(output_dir, comm.get_rank(), name="refbn_d2").handlers:
-        if getattr(handler, "stream", None) is sys.stdout:
-            handler.setLevel(logging.INFO)
-
-
-def _is_a_bug(record: logging.LogRecord) -> bool:
-    """Return whether Detectron2 may log the traceback of what ended the training.
-
-    `run_or_exit` prints the errors that a user can fix in one line.
-    """
-    error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, RefBNError | OSError | FloatingPointError)
 
 
 class Trainer(DefaultTrainer):

@@ -1,6 +1,7 @@
 """Runs that are killed or stopped and resumed, and runs of several workers."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from refbn_d2.checkpoint.files import load_checkpoint
 from refbn_d2.engines.torchvision.trainer import Trainer
 from refbn_d2.utils import distributed
 from refbn_d2.utils.errors import DivergedError
+from refbn_d2.utils.lock import locked
 from tests.engines.torchvision.helpers import run, start, weights
 from tests.trainers import Killed, assert_same, kill_at
 
@@ -69,16 +71,23 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number, workers", [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
-def test_signal_writes_a_checkpoint_and_resume_goes_on(tiny_cfg, tmp_path, number, workers):
+@pytest.mark.parametrize(
+    "number, workers, to_all",
+    [(signal.SIGINT, 1, False), (signal.SIGTERM, 2, False), (signal.SIGTERM, 1, True)],
+)
+def test_signal_writes_a_checkpoint_and_resume_goes_on(tiny_cfg, tmp_path, number, workers, to_all):
+    """Some batch systems send SIGTERM to all processes, those that load data included."""
     tiny_cfg.merge_from_list(
         ["DATASETS.TEST", [], "SOLVER.MAX_ITER", 1000, "SOLVER.CHECKPOINT_PERIOD", 1000,
          "DATALOADER.NUM_WORKERS", 1]
     )  # fmt: skip
-    process = start(tiny_cfg, tmp_path, "--num-gpus", str(workers), stderr=subprocess.PIPE)
+    process = start(
+        tiny_cfg, tmp_path, "--num-gpus", str(workers), stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
     metrics = Path(tiny_cfg.OUTPUT_DIR) / "metrics.json"
     wait_for(lambda: metrics.exists() and metrics.read_text(), process)  # 20 iterations are done
-    process.send_signal(number)
+    (os.killpg if to_all else os.kill)(process.pid, number)
     try:
         _, err = process.communicate(timeout=60)
     finally:
@@ -90,6 +99,42 @@ def test_signal_writes_a_checkpoint_and_resume_goes_on(tiny_cfg, tmp_path, numbe
     run(tiny_cfg, "SOLVER.MAX_ITER", done + 2, resume=True)
     final = load_checkpoint(Path(tiny_cfg.OUTPUT_DIR) / "model_final.pth")
     assert final["iteration"] == done + 1
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_ends_the_other_with_a_sentence(tiny_cfg, tmp_path):
+    tiny_cfg.merge_from_list(["DATASETS.TEST", [], "SOLVER.MAX_ITER", 1000])
+    process = start(tiny_cfg, tmp_path, "--num-gpus", "2", stderr=subprocess.PIPE)
+    metrics = Path(tiny_cfg.OUTPUT_DIR) / "metrics.json"
+    wait_for(lambda: metrics.exists() and metrics.read_text(), process)
+    killed = session_leaders(process.pid)[-1]
+    os.kill(killed, signal.SIGKILL)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "WorkerKilledError: Worker 1 was killed by SIGKILL" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not (metrics.parent / "run.lock").exists()
+    assert load_checkpoint(metrics.parent / (metrics.parent / "last_checkpoint").read_text())
+
+
+def session_leaders(parent):
+    """Return the workers that `parent` has started, in their order."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return sorted(int(pid) for pid in children if os.getsid(int(pid)) == int(pid))
+
+
+def test_a_second_run_in_the_folder_is_refused_by_one_line(tiny_cfg, tmp_path):
+    out = Path(tiny_cfg.OUTPUT_DIR)
+    with locked(out):
+        for tool in ((), ("--resume",)):
+            process = start(tiny_cfg, tmp_path, *tool, stderr=subprocess.PIPE)
+            _, err = process.communicate(timeout=60)
+            assert process.returncode == 1
+            assert f"{out} is in use by process {os.getpid()} on host" in err.splitlines()[-1]
+        assert [path.name for path in out.iterdir()] == ["run.lock"]
 
 
 # ---- several workers
