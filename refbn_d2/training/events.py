@@ -5,7 +5,6 @@ import logging
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,9 +19,23 @@ logger = logging.getLogger(__name__)
 WINDOW = 20  # iterations between two lines, and in the medians of a line, as in Detectron2
 
 
+def fail_quietly() -> None:
+    """Print no traceback for a log that cannot be written, as on a full disk.
+
+    A thread of TensorBoard's prints one too, although its writer raises the error again.
+    """
+    logging.raiseExceptions = False
+    threading.excepthook = _print_bugs
+
+
+def _print_bugs(args: threading.ExceptHookArgs) -> None:
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
+
+
 def setup_logging(output_dir: Path, rank: int) -> None:
     """Send the package's log to stderr on worker 0, and to log.txt (log.txt.rank1, ...)."""
-    logging.raiseExceptions = False  # a log that cannot be written prints no traceback per line
+    fail_quietly()
     root = logging.getLogger("refbn_d2")
     root.setLevel(logging.DEBUG)
     root.propagate = False
@@ -67,7 +80,6 @@ class EventWriter:
             write_text(path, "".join(line for line in lines if line.endswith("\n")))
         self._path = path
         self._metrics = open(path, "a" if start_iteration else "w")  # noqa: SIM115
-        threading.excepthook = _quiet(threading.excepthook)
         with naming(path):
             self._tensorboard = SummaryWriter(str(output_dir), purge_step=start_iteration)
         self._history: dict[str, HistoryBuffer] = defaultdict(lambda: HistoryBuffer(WINDOW))
@@ -118,16 +130,6 @@ class EventWriter:
                 self._metrics.close()
             finally:
                 self._tensorboard.close()
-
-
-def _quiet(hook: Callable) -> Callable:
-    """Return a hook that prints no OSError of a thread: TensorBoard's writer raises it again."""
-
-    def quiet(args) -> None:
-        if not isinstance(args.exc_value, OSError):
-            hook(args)
-
-    return quiet
 
 
 class SilentWriter:

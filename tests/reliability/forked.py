@@ -72,6 +72,8 @@ def _become(command: list[str], given: dict) -> None:
         for name, fd in (("p2cread", 0), ("c2pwrite", 1), ("errwrite", 2)):
             if given[name] != -1:
                 os.dup2(given[name], fd)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  pytest has replaced them
+        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         if given["cwd"]:
             os.chdir(given["cwd"])
         if given["env"] is not None:

@@ -14,6 +14,7 @@ from detectron2.engine import defaults
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from refbn_d2.training.events import fail_quietly
 from refbn_d2.training.output_dir import last_checkpoint_name
 from refbn_d2.utils.errors import DivergedError, RefBNError
 from refbn_d2.utils.file_io import naming
@@ -30,7 +31,7 @@ def join_workers(device: str, args: argparse.Namespace) -> None:
 
 def setup_log(output_dir: str) -> None:
     """Log this package like Detectron2; tracebacks of user errors go only to log.txt."""
-    logging.raiseExceptions = False  # a log that cannot be written prints no traceback per line
+    fail_quietly()
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_a_bug)
     for handler in setup_logger(output_dir, comm.get_rank(), name="refbn_d2").handlers:
         if getattr(handler, "stream", None) is sys.stdout:

@@ -38,7 +38,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from refbn_d2 import plugin
-from refbn_d2.checkpoint.files import load_checkpoint
+from refbn_d2.checkpoint.files import load_checkpoint, save_checkpoint
 from refbn_d2.checkpoint.loading import load_weights
 from refbn_d2.checkpoint.source import parse_source
 from refbn_d2.config.checks import check_batch, check_solver, warn_frozen_from_scratch
@@ -52,6 +52,7 @@ from refbn_d2.training.output_dir import check_output_dir, check_resumable, last
 from refbn_d2.utils.device import resolve_device
 from refbn_d2.utils.distributed import launch, planned_world_size
 from refbn_d2.utils.errors import ConfigError, DataError
+from refbn_d2.utils.file_io import remove_unfinished, write_text
 from refbn_d2.visualization.curves import plot_curves
 from refbn_d2.visualization.samples import SAMPLES_SHOWN, draw_samples, sample_item
 
@@ -126,6 +127,8 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
         if comm.is_main_process():
             verify_results(cfg, results)
         return
+    if comm.is_main_process():
+        remove_unfinished(cfg.OUTPUT_DIR)
     if not (args.resume and last_checkpoint_name(Path(cfg.OUTPUT_DIR))):
         warn_frozen_from_scratch(cfg)
     trainer = Trainer(cfg, args.allow_partial_weights)
@@ -231,18 +234,30 @@ class Checkpointer(DetectionCheckpointer):
         self.allow_partial = allow_partial
 
     def save(self, name: str, **kwargs) -> None:
-        """Save as DetectionCheckpointer does, but no weights that are infinite or NaN.
+        """Write `name`.pth whole or not at all, on worker 0, but no weights that are not finite.
 
-        Detectron2 checks only losses: a gradient that is not finite breaks the weights one step
-        before the loss shows it, and the last good checkpoint would no longer be the last one.
+        Detectron2 writes into the file in place. It checks only losses: a gradient that is not
+        finite breaks the weights one step before a loss shows it, and the last checkpoint would no
+        longer be good.
 
         Raises:
             FloatingPointError: a weight is infinite or NaN.
         """
-        weights = [t for t in self.model.state_dict().values() if t.is_floating_point()]
-        if self.save_to_disk and not bool(nn.utils.get_total_norm(weights).isfinite()):
-            raise FloatingPointError(f"a weight is infinite or NaN, so {name}.pth is not written.")
-        super().save(name, **kwargs)
+        if not (self.save_dir and self.save_to_disk):
+            return
+        state = self.model.state_dict()
+        weights = [t for t in state.values() if t.is_floating_point()]
+        if not bool(nn.utils.get_total_norm(weights).isfinite()):
+            raise FloatingPointError(f"A weight is infinite or NaN, so {name}.pth is not written.")
+        others = {key: value.state_dict() for key, value in self.checkpointables.items()}
+        path = Path(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        save_checkpoint({"model": state, **others, **kwargs}, path)
+        self.tag_last_checkpoint(path.name)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Write last_checkpoint, whole or not at all."""
+        write_text(Path(self.save_dir, "last_checkpoint"), last_filename_basename)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
         """Load as DetectionCheckpointer does; `path` may end in "?key=KEY" (`checkpoint.source`).

@@ -1,5 +1,6 @@
 """What ends a run on the Detectron2 engine, and what it leaves."""
 
+import argparse
 import math
 import os
 from pathlib import Path
@@ -97,8 +98,7 @@ def nan_on_worker_1(dumped):
     cfg = get_cfg()
     cfg.merge_from_other_cfg(type(cfg).load_cfg(dumped))
     register_datasets(cfg)
-    os.environ["LOCAL_WORLD_SIZE"] = "2"
-    join_workers("cpu", None)
+    join_workers("cpu", argparse.Namespace(num_gpus=2))
     Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
     trainer = Trainer(cfg)
     if comm.get_rank() == 1:
