@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from refbn_d2.training.events import setup_logging
+from refbn_d2.training.interruption import lost_loaders_explained
 from refbn_d2.training.output_dir import check_output_dir
 from refbn_d2.utils import distributed
 from refbn_d2.utils.lock import locked
@@ -47,6 +48,7 @@ def run_training(
     Raises:
         FileExistsError: OUTPUT_DIR holds a run, and `resume` is False.
         ConfigError: `resume` is True, and the run in OUTPUT_DIR has another config.
+        WorkerKilledError: a signal ended a process that loads data.
     """
     output_dir = Path(cfg.OUTPUT_DIR)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -55,4 +57,5 @@ def run_training(
     setup_logging(output_dir, distributed.rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     job = evaluate if eval_only else train
-    return job(cfg, output_dir, resume)
+    with lost_loaders_explained():
+        return job(cfg, output_dir, resume)

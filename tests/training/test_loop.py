@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import time
 
 import pytest
@@ -10,9 +12,11 @@ from torch import nn
 
 from refbn_d2.checkpoint.files import load_checkpoint
 from refbn_d2.config.cfg_node import CfgNode
+from refbn_d2.training import interruption
 from refbn_d2.training.loop import TrainingLoop
+from refbn_d2.training.main import run_training
 from refbn_d2.utils import distributed
-from refbn_d2.utils.errors import DivergedError
+from refbn_d2.utils.errors import DivergedError, WorkerKilledError
 
 
 class Toy(TrainingLoop):
@@ -146,3 +150,38 @@ def test_a_loss_that_is_not_finite(tmp_path, monkeypatch, value):
     with pytest.raises(DivergedError, match=f"at iteration 2: .*'total_loss': {value}.*none yet"):
         Toy(tmp_path / "out").train()
     assert not list((tmp_path / "out").glob("*.pth"))
+
+
+class KilledWhileLoading(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_loads_data_and_is_killed_ends_the_run_with_a_sentence(tmp_path):
+    def job(cfg, output_dir, resume):
+        loader = torch.utils.data.DataLoader(KilledWhileLoading(), num_workers=1)
+        return next(iter(loader))
+
+    cfg = CfgNode({"OUTPUT_DIR": str(tmp_path / "out"), "CUDNN_BENCHMARK": False})
+    with pytest.raises(WorkerKilledError, match="DataLoader worker .pid.*NUM_WORKERS. Resume"):
+        run_training(cfg, job, job, (), resume=False, eval_only=False)
+
+
+def test_signals_that_arrive_together_are_one_request(tmp_path, monkeypatch):
+    """A batch system signals the launcher, which passes it on, and the worker."""
+    monkeypatch.setattr(interruption, "AT_ONCE", 0.2)
+    before = signal.getsignal(signal.SIGTERM)
+    ended = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: ended.append((pid, number)))
+    with interruption.stop_signal() as stop:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.number == signal.SIGTERM and not ended
+        time.sleep(0.3)
+        signal.raise_signal(signal.SIGTERM)
+        assert ended == [(os.getpid(), signal.SIGTERM)]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from refbn_d2.training.events import fail_quietly
+from refbn_d2.training.interruption import lost_loader, lost_loaders_explained
 from refbn_d2.training.output_dir import last_checkpoint_name
 from refbn_d2.utils.errors import DivergedError, RefBNError
 from refbn_d2.utils.file_io import naming
@@ -45,7 +46,8 @@ def _is_a_bug(record: logging.LogRecord) -> bool:
     `run_or_exit` prints the errors that a user can fix in one line.
     """
     error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, RefBNError | OSError | FloatingPointError)
+    expected = isinstance(error, RefBNError | OSError | FloatingPointError)
+    return not (expected or lost_loader(error))
 
 
 def _close_logs() -> None:
@@ -63,10 +65,11 @@ def errors_explained(output_dir: str) -> Iterator[None]:
 
     Raises:
         DivergedError: instead of FloatingPointError, if training diverges; also says what to do.
+        WorkerKilledError: a signal ended a process that loads data.
         OSError: with OUTPUT_DIR in place of no file.
     """
     try:
-        with naming(output_dir):
+        with naming(output_dir), lost_loaders_explained():
             yield
     except FloatingPointError as error:
         last = last_checkpoint_name(Path(output_dir)) or "none yet"
