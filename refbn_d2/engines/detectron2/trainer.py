@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.config import CfgNode, get_cfg
@@ -87,7 +88,7 @@ def _config(args: argparse.Namespace) -> CfgNode:
     try:
         cfg.merge_from_file(args.config_file)
         cfg.merge_from_list(args.opts)
-    except (KeyError, ValueError, AssertionError) as error:
+    except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
         raise ConfigError(f"{args.config_file}, overridden by {args.opts}: {error}") from error
     cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
     if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
