@@ -1,6 +1,7 @@
 """Give the tools' command lines Detectron2's flags, and errors of one line."""
 
 import argparse
+import atexit
 import logging
 import os
 import signal
@@ -50,3 +51,5 @@ def run_or_exit(run: Callable[[argparse.Namespace], object], args: argparse.Name
     except (RefBNError, OSError) as error:
         logging.getLogger("refbn_d2").debug("", exc_info=True)
         sys.exit(f"{type(error).__name__}: {error}")
+    finally:  # while Python exits, Ctrl-C ends it without a traceback
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)

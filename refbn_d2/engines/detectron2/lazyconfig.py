@@ -54,6 +54,10 @@ def run(args: argparse.Namespace) -> None:
     """
     cfg = _config(args.config_file, tuple(args.opts))
     _options(cfg)
+    for key in ("train.max_iter", "train.checkpointer.period"):
+        value = OmegaConf.select(cfg, key)
+        if value is not None and value <= 0 and not args.eval_only:
+            raise ConfigError(f"{key} = {value}; allowed: a number above 0.")
     workers = planned_world_size(args.num_gpus, args.num_machines)
     batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
     if batch and batch % workers and not args.eval_only:
