@@ -1,4 +1,4 @@
-"""Handle signals: a run ends after its current step, with a checkpoint, or says what ended it."""
+"""Handle SIGINT and SIGTERM: a run ends after its current step, with a checkpoint."""
 
 import os
 import signal
@@ -6,8 +6,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from refbn_d2.utils.errors import WorkerKilledError
 
 AT_ONCE = 1.0  # seconds in which several signals are the same request
 
@@ -41,26 +39,3 @@ def stop_signal() -> Iterator[_Stop]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
-
-
-def lost_loader(error: BaseException | None) -> bool:
-    """Return whether `error` is DataLoader's for a process that was killed while it loaded data."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
-
-
-@contextmanager
-def lost_loaders_explained() -> Iterator[None]:
-    """Turn DataLoader's RuntimeError for a killed process into a sentence.
-
-    Raises:
-        WorkerKilledError: a signal ended a process that loads data.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not lost_loader(error):
-            raise
-        raise WorkerKilledError(
-            f"{str(error).strip()} If nobody killed it, the machine may be out of memory: lower "
-            "DATALOADER.NUM_WORKERS. Resume with --resume."
-        ) from error

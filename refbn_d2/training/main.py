@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from refbn_d2.training.events import setup_logging
-from refbn_d2.training.interruption import lost_loaders_explained
+from refbn_d2.training.loading_errors import loading_explained
 from refbn_d2.training.output_dir import check_output_dir
 from refbn_d2.utils import distributed
 from refbn_d2.utils.lock import locked
@@ -57,5 +57,5 @@ def run_training(
     setup_logging(output_dir, distributed.rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     job = evaluate if eval_only else train
-    with lost_loaders_explained():
+    with loading_explained():
         return job(cfg, output_dir, resume)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import time
 
@@ -13,10 +14,11 @@ from torch import nn
 from refbn_d2.checkpoint.files import load_checkpoint
 from refbn_d2.config.cfg_node import CfgNode
 from refbn_d2.training import interruption
+from refbn_d2.training.loading_errors import loading_explained
 from refbn_d2.training.loop import TrainingLoop
 from refbn_d2.training.main import run_training
 from refbn_d2.utils import distributed
-from refbn_d2.utils.errors import DivergedError, WorkerKilledError
+from refbn_d2.utils.errors import DataError, DivergedError, WorkerKilledError
 
 
 class Toy(TrainingLoop):
@@ -152,22 +154,42 @@ def test_a_loss_that_is_not_finite(tmp_path, monkeypatch, value):
     assert not list((tmp_path / "out").glob("*.pth"))
 
 
-class KilledWhileLoading(torch.utils.data.Dataset):
+class Broken(torch.utils.data.Dataset):
+    """Images of which none can be loaded."""
+
+    def __init__(self, error):
+        self.error = error
+
     def __len__(self):
         return 4
 
     def __getitem__(self, index):
-        os.kill(os.getpid(), signal.SIGKILL)
+        if self.error is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise self.error
 
 
-def test_a_process_that_loads_data_and_is_killed_ends_the_run_with_a_sentence(tmp_path):
+@pytest.mark.parametrize(
+    "error, kind, message",
+    [
+        (None, WorkerKilledError, "DataLoader worker .pid.*NUM_WORKERS. Resume with --resume."),
+        (DataError("a.png: DataError: no image"), DataError, "a.png: DataError: no image"),
+        (FileNotFoundError(2, "gone", "a.png"), FileNotFoundError, r"\[Errno 2\] gone: 'a.png'"),
+    ],
+)
+def test_what_ends_a_process_that_loads_data_is_one_sentence(tmp_path, error, kind, message):
     def job(cfg, output_dir, resume):
-        loader = torch.utils.data.DataLoader(KilledWhileLoading(), num_workers=1)
-        return next(iter(loader))
+        return next(iter(torch.utils.data.DataLoader(Broken(error), num_workers=1)))
 
     cfg = CfgNode({"OUTPUT_DIR": str(tmp_path / "out"), "CUDNN_BENCHMARK": False})
-    with pytest.raises(WorkerKilledError, match="DataLoader worker .pid.*NUM_WORKERS. Resume"):
+    with pytest.raises(kind) as raised:
         run_training(cfg, job, job, (), resume=False, eval_only=False)
+    assert re.fullmatch(message, str(raised.value))
+
+
+def test_a_bug_in_a_process_that_loads_data_stays_one(tmp_path):
+    with pytest.raises(KeyError, match="Original Traceback"), loading_explained():
+        next(iter(torch.utils.data.DataLoader(Broken(KeyError("x")), num_workers=1)))
 
 
 def test_signals_that_arrive_together_are_one_request(tmp_path, monkeypatch):

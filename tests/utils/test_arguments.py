@@ -2,6 +2,9 @@
 
 import argparse
 import pickle
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -34,12 +37,35 @@ def test_what_a_user_can_fix_is_one_line(kind):
 @pytest.mark.parametrize(
     "kind",
     [ValueError, TypeError, KeyError, FloatingPointError, ZeroDivisionError, NotImplementedError,
-     ImportError, RuntimeError, AssertionError, KeyboardInterrupt],
+     ImportError, RuntimeError, AssertionError],
 )  # fmt: skip
 def test_a_bug_keeps_its_traceback(kind):
     with pytest.raises(kind) as error:
         run(kind("a bug"))
     assert error.traceback[-1].name == "fail"
+
+
+@pytest.mark.parametrize("when", ["running", "ending"])
+def test_ctrl_c_ends_it_by_the_signal_without_a_traceback(when):
+    """A shell script that called it ends too, because the signal has ended it."""
+    code = """
+import argparse, atexit, sys, time
+from refbn_d2.utils.arguments import run_or_exit
+def wait(*_):
+    print("up", flush=True)
+    time.sleep(30)
+if sys.argv[1] == "ending":
+    atexit.register(wait)
+run_or_exit(wait if sys.argv[1] == "running" else print, argparse.Namespace())
+"""
+    command = [sys.executable, "-c", code, when]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.stdout.readline() != "up\n":
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGINT
+    assert "Traceback" not in err and ("Interrupted.\n" in err) == (when == "running")
 
 
 def test_an_exit_code_passes():

@@ -115,7 +115,8 @@ def _main(args: argparse.Namespace) -> None:
     setup_log(cfg.train.output_dir)
     train, test = _datasets(cfg)
     used = () if args.eval_only else train
-    with repaired_datasets(used, test, cfg.train.output_dir, train):
+    out = cfg.train.output_dir
+    with errors_explained(out), repaired_datasets(used, test, out, train):
         _run(cfg, args)
 
 
@@ -155,8 +156,7 @@ def _train(cfg: DictConfig, args: argparse.Namespace, model: nn.Module) -> None:
     trainer.register_hooks(used)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     resumed = args.resume and checkpointer.has_checkpoint()
-    with errors_explained(cfg.train.output_dir):
-        trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
+    trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
 
 
 def _evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:

@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from refbn_d2.training.events import fail_quietly
-from refbn_d2.training.interruption import lost_loader, lost_loaders_explained
+from refbn_d2.training.loading_errors import loading_explained, lost_loader
 from refbn_d2.training.output_dir import last_checkpoint_name
 from refbn_d2.utils.errors import DivergedError, RefBNError
 from refbn_d2.utils.file_io import naming
@@ -69,7 +69,7 @@ def errors_explained(output_dir: str) -> Iterator[None]:
         OSError: with OUTPUT_DIR in place of no file.
     """
     try:
-        with naming(output_dir), lost_loaders_explained():
+        with naming(output_dir), loading_explained():
             yield
     except FloatingPointError as error:
         last = last_checkpoint_name(Path(output_dir)) or "none yet"

@@ -113,7 +113,10 @@ def _main(cfg: CfgNode, args: argparse.Namespace) -> None:
     register_datasets(cfg)
     train, test = _datasets(cfg, args)
     trained, masks = cfg.DATASETS.TRAIN, cfg.MODEL.MASK_ON
-    with repaired_datasets(train, test, cfg.OUTPUT_DIR, trained, masks):
+    with (
+        errors_explained(cfg.OUTPUT_DIR),
+        repaired_datasets(train, test, cfg.OUTPUT_DIR, trained, masks),
+    ):
         _run(cfg, args)
 
 
@@ -134,8 +137,7 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
         warn_frozen_from_scratch(cfg)
     trainer = Trainer(cfg, args.allow_partial_weights)
     trainer.resume_or_load(resume=args.resume)
-    with errors_explained(cfg.OUTPUT_DIR):
-        trainer.train()
+    trainer.train()
 
 
 class Trainer(DefaultTrainer):
