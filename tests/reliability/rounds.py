@@ -71,7 +71,7 @@ def play(target: Target, fault: Fault, rng: random.Random, seconds: float, expec
         broken = _run(target, start, strike)
         if not struck and broken.code != 0:
             raise Failure(f"it ended with {broken.code} before the fault: {broken.last_line}")
-        _check_end(broken, fault.ends_by())
+        _check_end(target, broken, fault.ends_by())
         _check_checkpoints(target.out)
         if struck:
             fault.undo()
@@ -81,7 +81,7 @@ def play(target: Target, fault: Fault, rng: random.Random, seconds: float, expec
             resumed = _run(target, start, None)
             if resumed.code == 0:
                 break
-            _check_end(resumed, set())
+            _check_end(target, resumed, set())
             if "is in use by process" not in resumed.output:  # a killed parent's child
                 raise Failure(f"the resumed run ended with {resumed.code}: {resumed.last_line}")
             time.sleep(5)
@@ -137,8 +137,9 @@ def _left(session: int, seconds: float) -> list[int]:
         time.sleep(0.1)
 
 
-def _check_end(ended: Ended, ends_by: set[int]) -> None:
-    if "Traceback (most recent call last)" in ended.output:
+def _check_end(target: Target, ended: Ended, ends_by: set[int]) -> None:
+    output = re.sub(target.tolerated, "", ended.output) if target.tolerated else ended.output
+    if "Traceback (most recent call last)" in output:
         raise Failure(f"a traceback (exit code {ended.code}): {ended.last_line}")
     if ended.code in ends_by:
         return
