@@ -29,7 +29,9 @@ try:
         total += step
         save_checkpoint({"model": {"w": torch.tensor([step + 1, total])}}, out / "model.pth")
         write_text(out / "last_checkpoint", "model.pth")
-        time.sleep(0.02)
+        if step == 10 and (out.parent / "pause").exists():
+            (out.parent / "pause").rename(out.parent / "paused")
+            time.sleep(60)
 except KeyboardInterrupt:
     if fault == "is cut off":
         (out / "model.pth").write_bytes((out / "model.pth").read_bytes()[:100])
@@ -62,20 +64,24 @@ def broken_by(tmp_path):
     (tmp_path / "data").mkdir()
     Toy.make_data(tmp_path / "data")
 
-    def play_one(fault, weakness="none"):
+    def play_one(kind, weakness="none"):
+        class InTheMiddle(kind):
+            def prepare(self):
+                (self.out.parent / "pause").touch()
+
+            def strike(self, process):
+                while not (self.out.parent / "paused").exists():
+                    assert process.poll() is None
+                super().strike(process)
+
         Toy.fault = weakness
-        whole = new_folder(Toy, tmp_path / "data", tmp_path / "unbroken")
-        expected, seconds = unbroken(whole)
+        expected, _ = unbroken(new_folder(Toy, tmp_path / "data", tmp_path / "unbroken"))
         assert expected["w"].tolist() == [20, sum(range(20))]
         one = new_folder(Toy, tmp_path / "data", tmp_path / "round")
-        return play(one, fault(random.Random(0), one.data, one.out), Middle(), seconds, expected)
+        rng = random.Random(0)
+        return play(one, InTheMiddle(rng, one.data, one.out), rng, 0, expected)
 
     return play_one
-
-
-class Middle:
-    def uniform(self, a, b):
-        return (a + b) / 2
 
 
 @pytest.mark.parametrize(
