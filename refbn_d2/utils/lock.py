@@ -83,7 +83,10 @@ def _remove_if_stale(path: Path, key: str) -> None:
     Raises:
         ConfigError: the process has not ended, or is of another host.
     """
-    owner = _read(path) or (time.sleep(1) or _read(path))  # 1 s: it may be about to be written
+    owner = _read(path)
+    if owner == "":  # it may be about to be written
+        time.sleep(1)
+        owner = _read(path)
     if owner is None:  # removed meanwhile
         return
     host, pid, start = (*owner.split(), "", "", "")[:3]
