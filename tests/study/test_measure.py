@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from refbn_d2.study.results import read_csv
+from refbn_d2.utils.lock import locked
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools/measure_generalization.py"
@@ -42,6 +43,14 @@ def test_an_error_is_one_line(coco, content, written):
     code, _, err = measure("--study", written(content), "--dry-run")
     assert code == 1 and err.strip().count("\n") == 0
     assert "norm 'GN'" in err and "did you mean 'GN'?" in err
+
+
+def test_a_second_program_in_the_folder_is_refused_by_one_line(coco, content, written, tmp_path):
+    out = tmp_path / "out"
+    with locked(out):
+        code, _, err = measure("--study", written(content), "--output-dir", out)
+    assert code == 1 and err.strip().count("\n") == 0
+    assert f"{out} is in use by process {os.getpid()}" in err and "another --output-dir" in err
 
 
 @pytest.mark.slow
