@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from refbn_d2.layers import has_refbn, refbn_layers
-from refbn_d2.layers.functional import GRADIENT, GRADIENTS, REFERENCE_WEIGHT
-from refbn_d2.layers.instance_norm import PRIOR_COUNT
+from refbn_d2.layers.functional import GRADIENT, GRADIENTS, PRIOR_COUNT, REFERENCE_WEIGHT
 from refbn_d2.layers.ref_batch_norm import WEIGHTINGS
 from refbn_d2.utils.errors import ConfigError
 

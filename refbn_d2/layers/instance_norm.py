@@ -6,7 +6,12 @@ when to use which of RefBatchNorm2d and RefInstanceNorm2d.
 
 from torch import Tensor, nn
 
-from refbn_d2.layers.functional import batch_moments, mix_moments, ref_instance_norm
+from refbn_d2.layers.functional import (
+    PRIOR_COUNT,
+    batch_moments,
+    mix_moments,
+    ref_instance_norm,
+)
 from refbn_d2.layers.reference_norm import (
     Moments,
     Recording,
@@ -14,8 +19,6 @@ from refbn_d2.layers.reference_norm import (
     is_traced,
     warn_no_reference,
 )
-
-PRIOR_COUNT = 64.0
 
 
 class RefInstanceNorm2d(ReferenceNorm, nn.InstanceNorm2d):
@@ -76,8 +79,7 @@ class RefInstanceNorm2d(ReferenceNorm, nn.InstanceNorm2d):
         mean, var = self.ref_mean, self.ref_var
         if self.training and x.numel():
             mean, var = self._reference_of(x)
-        w = self.prior_count / ((self.prior_count + x.shape[2] * x.shape[3]) or 1)
-        return ref_instance_norm(x, mean, var, self.weight, self.bias, w, self.eps)
+        return ref_instance_norm(x, mean, var, self.weight, self.bias, self.prior_count, self.eps)
 
     def _reference_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the reference's moments for a training batch, and record what is asked for."""

@@ -367,7 +367,8 @@ class ReferenceBatch:
 
 
 def _default_options(num_images: int, inputs: Inputs) -> RefBNOptions:
-    options = RefBNOptions(**dict.fromkeys(LAYER_OPTIONS))
+    layers_own: dict[str, Any] = dict.fromkeys(LAYER_OPTIONS)
+    options = RefBNOptions(**layers_own)
     return replace(
         options,
         refresh=options.refresh if inputs.can_concat else "slice",
