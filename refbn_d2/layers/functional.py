@@ -247,8 +247,16 @@ def ref_instance_norm(
         return F.batch_norm(x, ref_mean, ref_var, weight, bias, eps=eps)
     w = prior_count / (prior_count + height * width)
     if with_kernels:  # those of BatchNorm, on one image with N C channels
-        rows = [None if t is None else t.repeat(n) for t in (ref_mean, ref_var, weight, bias)]
-        y = ref_batch_norm(x.reshape(1, n * c, height, width), *rows, w, "pooled", eps=eps)
+        y = ref_batch_norm(
+            x.reshape(1, n * c, height, width),
+            ref_mean.repeat(n),
+            ref_var.repeat(n),
+            None if weight is None else weight.repeat(n),
+            None if bias is None else bias.repeat(n),
+            w,
+            "pooled",
+            eps=eps,
+        )
         return y.view(x.shape)
     # Plain operations, which compilers fuse and exporters know.
     half = x.dtype in (torch.float16, torch.bfloat16)
