@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Compare the speed of RefBatchNorm2d and GroupNorm with nn.BatchNorm2d, forward and backward.
+"""Compare the speed of RefBN, RefIN and GroupNorm with nn.BatchNorm2d, forward and backward.
 
 It prints a table of ratios to the time of BatchNorm. In each round all layers take turns, so that a
 change of the machine's speed affects all of them. A ratio compares the medians over the rounds.
@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from refbn_d2.layers import RefBatchNorm2d
+from refbn_d2.layers import RefBatchNorm2d, RefInstanceNorm2d
 from refbn_d2.layers.functional import GRADIENTS
 
 # (N, C, H, W): stages of a ResNet-50 for 2 images of 800 x 1066, and a ResNet-18 for 16 of 128^2
@@ -24,11 +24,13 @@ SHAPES = [
 
 
 def layers(channels: int) -> dict[str, nn.Module]:
-    """Return {name: layer}: BatchNorm2d, GroupNorm, and RefBatchNorm2d with each gradient."""
+    """Return {name: layer}: BatchNorm2d, GroupNorm, RefBN with each gradient, and RefIN."""
     norms = {"BN": nn.BatchNorm2d(channels), "GN": nn.GroupNorm(32, channels)}
     for gradient in GRADIENTS:
         layer = norms[f"RefBN {gradient}"] = RefBatchNorm2d(channels, gradient=gradient)
         layer.load_state_dict(norms["BN"].state_dict())  # the running statistics become reference
+    norms["RefIN"] = RefInstanceNorm2d(channels)
+    norms["RefIN"].load_state_dict(norms["BN"].state_dict())
     return norms
 
 

@@ -25,12 +25,12 @@ from refbn_d2.checkpoint.resnets import (
 )
 from refbn_d2.checkpoint.tensors import check_weight, to_tensor
 from refbn_d2.layers.fold import affine
-from refbn_d2.layers.ref_batch_norm import is_initial
+from refbn_d2.layers.reference_norm import is_initial
 from refbn_d2.utils.errors import CheckpointError, listing
 
 logger = logging.getLogger(__name__)
 
-TARGET_NORMS = ("RefBN", "BN", "FrozenBN", "folded")
+TARGET_NORMS = ("RefBN", "RefIN", "BN", "FrozenBN", "folded")
 EPS = 1e-5  # of every norm in torchvision's, timm's and Detectron2's ResNets; no file stores it
 
 # Keys that torchvision's weights (and most of timm's) need in addition to the architecture's.
@@ -91,10 +91,12 @@ class Contents:
 def norm_of(names: Iterable[str]) -> str:
     """Return the norm of tensors with Detectron2's `names`.
 
-    It is "RefBN", "BN", "FrozenBN", "GN" or "" (none). If only some layers are frozen (FREEZE_AT),
-    it is the norm of the others.
+    It is "RefBN", "RefIN", "BN", "FrozenBN", "GN" or "" (none). If only some layers are frozen
+    (FREEZE_AT), it is the norm of the others.
     """
     tensors = {name.rpartition(".")[2] for name in names if ".norm." in name}
+    if "ref_mean" in tensors and "running_mean" not in tensors:
+        return "RefIN"
     signs = {
         "RefBN": "ref_mean",
         "BN": "num_batches_tracked",
@@ -255,6 +257,8 @@ def change_norms(state: Mapping[str, Tensor], norm: str, source: str) -> dict[st
     - "BN": the same and the count of batches, 0 if the file has none.
     - "RefBN": the same as BN and a reference. If the file has none, the running statistics are the
       reference, with a count of 1.
+    - "RefIN": weight, bias and the reference of RefBN. It computes something else than the batch
+      norm: it is a start for training, not for evaluation.
     - "folded": the norm's scale is multiplied into the convolution's weight. In a ResNet, whose
       convolutions have no bias in either library, the norm stays as a FrozenBN that adds the shift.
       Elsewhere the shift becomes the convolution's bias, and the norm is removed.
@@ -324,7 +328,10 @@ def _as(layer: dict[str, Tensor], norm: str) -> dict[str, Tensor]:
     mean, var = layer["running_mean"], layer["running_var"]
     count = torch.tensor(int(not is_initial(mean, var)))
     reference = {"ref_mean": mean.clone(), "ref_var": var.clone(), "ref_count": count}
-    return new | {name: layer.get(name, default) for name, default in reference.items()}
+    reference = {name: layer.get(name, default) for name, default in reference.items()}
+    if norm == "RefIN":
+        return {name: new[name] for name in ("weight", "bias") if name in new} | reference
+    return new | reference
 
 
 def _fold(conv: dict[str, Tensor], norm: dict[str, Tensor], in_resnet: bool) -> dict[str, Tensor]:

@@ -104,15 +104,18 @@ def _what_takes_it(contents: Contents, checkpoint: Mapping[str, Any], path: Path
         contents.layout == "detectron2"
         and (contents.is_detector or checkpoint.get("matching_heuristics"))
         and (path.suffix == ".pth" or (path.suffix == ".pkl" and "__author__" in checkpoint))
-        and "RefBN" not in contents.norms.values()
+        and not {"RefBN", "RefIN"} & set(contents.norms.values())
     )
     command = f"python tools/convert_checkpoint.py {path}"
     if detectron2:
         yield "MODEL.WEIGHTS takes it, in Detectron2 and here, with the keys below."
     else:
         yield "MODEL.WEIGHTS takes it here, with the keys below; in Detectron2, after"
-        yield f"  {command} OUT.pkl --to detectron2 --norm FrozenBN"
-    if contents.layout == "detectron2" and contents.resnet.is_torchvisions:
+        norm = "" if "RefIN" in contents.norms.values() else " --norm FrozenBN"
+        yield f"  {command} OUT.pkl --to detectron2{norm}"
+    if "RefIN" in contents.norms.values():
+        yield "There too, `import refbn_d2` is needed: RefIN depends on the image, and is no BN."
+    elif contents.layout == "detectron2" and contents.resnet.is_torchvisions:
         partly = " --allow-partial" if contents.is_detector else ""
         yield f"torchvision takes its {contents.resnet} after"
         yield f"  {command} OUT.pth --to torchvision --norm BN{partly}"

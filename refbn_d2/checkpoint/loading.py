@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from refbn_d2.checkpoint.convert import norm_of
 from refbn_d2.checkpoint.names import backbone_prefix, to_detectron2
 from refbn_d2.checkpoint.prefixes import resnet_of, without_prefix
 from refbn_d2.checkpoint.resnets import ResNetSpec, recognize_unsupported
@@ -48,21 +49,21 @@ def load_weights(
 
     Names may be torchvision's, timm's or Detectron2's, with or without the backbone's place
     (`names.to_detectron2`) or another prefix (`prefixes.without_prefix`). BN, RefBN and FrozenBN
-    load into each other. If the file has no reference, RefBN's starts from the running statistics.
-    Outside the backbone, tensors of another shape (a predictor for other classes) are skipped with
-    a warning. If an error is raised, the model is unchanged.
+    load into each other, RefIN only into itself. If the file has no reference, RefBN's starts from
+    the running statistics. Outside the backbone, tensors of another shape (a predictor for other
+    classes) are skipped with a warning. If an error is raised, the model is unchanged.
 
     Args:
         state: "model" of `load_checkpoint`'s result.
         source: the file it is from, for messages.
-        allow_partial: accept a backbone that fits only in part, or another architecture.
+        allow_partial: accept a backbone that fits only in part, or another architecture or norm.
         arch: the name of the file's model, if it stores one ("arch" in timm's checkpoints).
 
     Raises:
         CheckpointError: nothing fits; the file and the model have different architectures
-            (`resnets.recognize_unsupported`); over 5 % of the model's backbone tensors are not in
-            the file, or over 5 % of the file's not in the model; or a tensor cannot be a weight
-            (`tensors.check_weight`).
+            (`resnets.recognize_unsupported`); one has RefIN where the other has a norm with running
+            statistics; over 5 % of the model's backbone tensors are not in the file, or over 5 % of
+            the file's not in the model; or a tensor cannot be a weight (`tensors.check_weight`).
     """
     target = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     given = list(state)
@@ -70,6 +71,7 @@ def load_weights(
     state = without_prefix(state, source, target)
     _check_architecture(source, state, target, allow_partial, arch)
     state = to_detectron2(state, target)
+    _check_form(source, state, target, allow_partial)
 
     loaded = [name for name in target if name in state and state[name].shape == target[name].shape]
     mismatch = [
@@ -159,6 +161,38 @@ def _check_architecture(
     if not allow_partial:
         raise CheckpointError(message)
     logger.warning(message)
+
+
+def _check_form(
+    source: str | os.PathLike,
+    state: Mapping[str, Tensor],
+    target: Mapping[str, Tensor],
+    allow_partial: bool,
+) -> None:
+    """Tell RefIN from the norms with running statistics, which have tensors of the same names."""
+
+    def forms(names: Iterable[str]) -> dict[str, bool]:
+        means = [name for name in names if name.endswith((".ref_mean", ".running_mean"))]
+        return {(layer := n.rpartition(".")[0]): f"{layer}.running_mean" in names for n in means}
+
+    theirs, ours = forms(state), forms(target)
+    wrong = [layer for layer in ours if theirs.get(layer, ours[layer]) != ours[layer]]
+    if not wrong:
+        return
+
+    def norm(names: Iterable[str]) -> str:
+        return norm_of(name for name in names if name.startswith(f"{wrong[0]}."))
+
+    message = (
+        f"{source}: {wrong[0]} is {norm(state)} in the file and {norm(target)} in the model, which "
+        f"computes something else ({len(wrong)} such norms). Set the config's NORM to "
+        f"{norm(state)}"
+    )
+    if norm(target) == "RefIN":
+        message += ", or convert the file with tools/convert_checkpoint.py --norm RefIN"
+    if not allow_partial:
+        raise CheckpointError(f"{message}.")
+    logger.warning("%s.", message)
 
 
 def _check_backbone(

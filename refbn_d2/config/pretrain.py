@@ -35,7 +35,8 @@ def get_pretrain_cfg() -> CfgNode:
 def _add_model(cfg: CfgNode) -> None:
     model = cfg.MODEL = PretrainCfgNode()
     model.NAME = "resnet50"  # a timm model with BatchNorm
-    model.NORM = "RefBN"  # replaces BatchNorm: "RefBN", "BN", "SyncBN", "GN", "BRN", "CBN", "MABN"
+    # replaces BatchNorm: "RefBN", "RefIN", "BN", "SyncBN", "GN", "BRN", "CBN", "MABN"
+    model.NORM = "RefBN"
     model.NUM_CLASSES = 0  # 0: those of the data; else the data must have that many
     model.DROP_RATE = 0.0  # dropout before the classifier
     model.DROP_PATH_RATE = 0.0  # stochastic depth: the rate of the last block
@@ -141,7 +142,7 @@ def _is_range(value: Any) -> bool:
 
 
 _RULES = (
-    _one_of(("RefBN", "BN", "SyncBN", "GN", *PEERS), "MODEL.NORM"),
+    _one_of(("RefBN", "RefIN", "BN", "SyncBN", "GN", *PEERS), "MODEL.NORM"),
     _one_of(("cuda", "cpu"), "MODEL.DEVICE"),
     _one_of(("horizontal", "none"), "INPUT.RANDOM_FLIP"),
     _one_of(("cosine", "multistep", "tanh", "constant"), "SOLVER.LR_SCHEDULER_NAME"),

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from refbn_d2.layers import has_refbn, refbn_layers
-from refbn_d2.layers.functional import GRADIENT, GRADIENTS, REFERENCE_WEIGHT
+from refbn_d2.layers.functional import GRADIENT, GRADIENTS, PRIOR_COUNT, REFERENCE_WEIGHT
 from refbn_d2.layers.ref_batch_norm import WEIGHTINGS
 from refbn_d2.utils.errors import ConfigError
 
@@ -18,14 +18,14 @@ logger = logging.getLogger(__name__)
 
 REFRESHES = ("static", "full", "slice", "concat")
 REFERENCES = ("dataset", "checkpoint")
-LAYER_OPTIONS = ("reference_weight", "weighting", "gradient")  # attributes of a RefBatchNorm2d
+LAYER_OPTIONS = ("reference_weight", "weighting", "gradient", "prior_count")  # of the layers
 
 
 @dataclass(frozen=True)
 class RefBNOptions:
     """Values of the keys of MODEL.REFBN, with lower-case names.
 
-    If `reference_weight`, `weighting` or `gradient` is None, every layer keeps its own.
+    If one of LAYER_OPTIONS is None, every layer keeps its own.
 
     Raises:
         ConfigError: a value is not allowed; the message names the full key, the value and what is
@@ -35,6 +35,7 @@ class RefBNOptions:
     reference_weight: float | None = REFERENCE_WEIGHT  # w of the reference in the mixture, [0, 1]
     weighting: str | None = WEIGHTINGS[0]  # "fixed": w as above; "count": w = n_R / (n_R + n_B)
     gradient: str | None = GRADIENT  # training batch's backward: "pooled", "batch" or "reference"
+    prior_count: float | None = PRIOR_COUNT  # RefIN: n_0 in w = n_0 / (n_0 + H W)
     reference: str = "dataset"  # captured on DATASETS.TRAIN; "checkpoint": from MODEL.WEIGHTS
     refresh: str = "concat"  # how its moments are refreshed: "static", "full", "slice", "concat"
     refresh_period: int = 4  # steps between refreshes
@@ -51,6 +52,9 @@ class RefBNOptions:
             _require_choice("WEIGHTING", self.weighting, WEIGHTINGS)
         if self.gradient is not None:
             _require_choice("GRADIENT", self.gradient, GRADIENTS)
+        if self.prior_count is not None:
+            n = self.prior_count
+            _require(_is_number(n) and n >= 0, "PRIOR_COUNT", n, "a number of 0 or more")
         _require_choice("REFERENCE", self.reference, REFERENCES)
         _require_choice("REFRESH", self.refresh, REFRESHES)
         _require_int("REFRESH_PERIOD", self.refresh_period, 1)
@@ -110,27 +114,27 @@ def refbn_options(cfg) -> RefBNOptions:
 
 
 def apply_options(model: nn.Module, options: RefBNOptions) -> None:
-    """Give every RefBatchNorm2d of `model` the options' weight, weighting and gradient."""
+    """Give every RefBN and RefIN layer of `model` those of LAYER_OPTIONS that it has."""
     for _, layer in refbn_layers(model):
         for name in LAYER_OPTIONS:
-            if (value := getattr(options, name)) is not None:
+            if hasattr(layer, name) and (value := getattr(options, name)) is not None:
                 setattr(layer, name, value)
 
 
 def check_model(model: nn.Module, cfg) -> None:
-    """Check before training that a model whose config names RefBN has it.
+    """Check before training that a model whose config names RefBN or RefIN has it.
 
     torch's and timm's converters to SyncBN, for example, turn RefBN into SyncBN without a word. A
     model whose norms are all frozen gets a warning.
 
     Raises:
-        ConfigError: there are batch norms, but no RefBatchNorm2d.
+        ConfigError: there are batch norms, but no RefBN or RefIN layer.
     """
-    keys = _keys_with(cfg.MODEL, "RefBN", "MODEL")
+    keys = _keys_with(cfg.MODEL, ("RefBN", "RefIN"), "MODEL")
     if not keys or has_refbn(model):
         return
     found = sorted({type(m).__name__ for m in model.modules() if isinstance(m, _BatchNorm)})
-    problem = f"{' and '.join(keys)} is 'RefBN', but the model has no RefBatchNorm2d"
+    problem = f"{' and '.join(keys)} is RefBN or RefIN, but the model has no such layer"
     if not found:
         logger.warning("%s: its norms are frozen, or have no such key.", problem)
         return
@@ -140,13 +144,13 @@ def check_model(model: nn.Module, cfg) -> None:
     )
 
 
-def _keys_with(node: Mapping, value: str, prefix: str) -> list[str]:
-    """Return the full names of all keys NORM below `node` that have this value."""
+def _keys_with(node: Mapping, values: tuple[str, ...], prefix: str) -> list[str]:
+    """Return the full names of all keys NORM below `node` that have one of the values."""
     keys = []
     for key, inner in node.items():
         if isinstance(inner, Mapping):
-            keys += _keys_with(inner, value, f"{prefix}.{key}")
-        elif key == "NORM" and inner == value:
+            keys += _keys_with(inner, values, f"{prefix}.{key}")
+        elif key == "NORM" and inner in values:
             keys.append(f"{prefix}.{key}")
     return keys
 

@@ -24,7 +24,7 @@ from refbn_d2.engines.torchvision.modeling import build_model
 from refbn_d2.engines.torchvision.modeling.backbone import build_backbone
 from refbn_d2.engines.torchvision.modeling.norms import norm_factory
 from refbn_d2.engines.torchvision.supported import check_supported
-from refbn_d2.layers import convert_to_refbn
+from refbn_d2.layers import RefBatchNorm2d, RefInstanceNorm2d, convert_to_refbn
 from refbn_d2.utils.errors import CheckpointError
 
 TOLERANCE = 1e-4
@@ -82,7 +82,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def model_config(contents: Contents, cfg: CfgNode | None = None) -> CfgNode:
-    """Return a config of the model that has these tensors, with BN for RefBN.
+    """Return a config of the model that has these tensors, with BN for RefBN and RefIN.
 
     Args:
         cfg: the base, for what cannot be inferred from tensors: anchors, strides, pooling and
@@ -93,7 +93,8 @@ def model_config(contents: Contents, cfg: CfgNode | None = None) -> CfgNode:
         cfg = get_cfg()
         cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
     cfg = cfg.clone()
-    norms = {key: "BN" if norm == "RefBN" else norm for key, norm in contents.norms.items()}
+    ours = ("RefBN", "RefIN")
+    norms = {key: "BN" if norm in ours else norm for key, norm in contents.norms.items()}
     cfg.merge_from_list([*chain(*(contents.resnet.config() | norms).items())])
     cfg.MODEL.DEVICE, cfg.MODEL.BACKBONE.FREEZE_AT = "cpu", 0
     return cfg
@@ -110,13 +111,14 @@ def resnet_config(contents: Contents, cfg: CfgNode | None = None) -> CfgNode:
 
 
 def load(model: nn.Module, contents: Contents, state: dict[str, Tensor]) -> nn.Module:
-    """Return `model` in eval mode with `state`; its BN becomes RefBN if `contents` has RefBN.
+    """Return `model` in eval mode with `state`; its BN becomes the RefBN or RefIN of `contents`.
 
     Raises:
         CheckpointError: a name or a shape differs.
     """
-    if "RefBN" in contents.norms.values():
-        model = convert_to_refbn(model)
+    for name, norm in (("RefBN", RefBatchNorm2d), ("RefIN", RefInstanceNorm2d)):
+        if name in contents.norms.values():
+            model = convert_to_refbn(model, norm)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

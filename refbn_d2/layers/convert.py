@@ -10,20 +10,18 @@ from typing import Any
 
 from torch import nn
 
-from refbn_d2.layers.ref_batch_norm import (
-    Moments,
-    RefBatchNorm2d,
-    is_initial,
-    refbn_layers,
-)
+from refbn_d2.layers.ref_batch_norm import RefBatchNorm2d
+from refbn_d2.layers.reference_norm import Moments, ReferenceNorm, is_initial, refbn_layers
 
 logger = logging.getLogger(__name__)
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
-def convert_to_refbn(model: nn.Module, **options) -> nn.Module:
-    """Replace every BatchNorm2d, SyncBatchNorm and FrozenBatchNorm2d in `model` by RefBatchNorm2d.
+def convert_to_refbn(
+    model: nn.Module, norm: type[ReferenceNorm] = RefBatchNorm2d, **options
+) -> nn.Module:
+    """Replace every BatchNorm2d, SyncBatchNorm and FrozenBatchNorm2d in `model` by a `norm`.
 
     The model is changed in place. Use the return value: a model that is itself a norm is replaced.
 
@@ -35,30 +33,28 @@ def convert_to_refbn(model: nn.Module, **options) -> nn.Module:
     those with a weight but no bias, and subclasses with their own forward (timm's BatchNormAct2d).
 
     Args:
-        options: `reference_weight`, `weighting` and `gradient` of `RefBatchNorm2d`.
+        norm: RefBatchNorm2d or RefInstanceNorm2d. The latter has no running statistics.
+        options: of `norm`: `reference_weight`, `weighting` and `gradient`, or `prior_count`.
 
     Raises:
-        ValueError: an option has a value that RefBatchNorm2d does not accept.
+        ValueError: an option has a value that `norm` does not accept.
     """
 
-    def convert(norm: Any) -> nn.Module | None:
-        if isinstance(norm, RefBatchNorm2d) or not is_norm(norm):
+    def convert(old: Any) -> nn.Module | None:
+        if isinstance(old, ReferenceNorm) or not is_norm(old):
             return None
-        mean = norm.running_mean
-        frozen = _is_frozen(norm)
-        refbn = RefBatchNorm2d(
-            len(mean),
-            norm.eps,
-            momentum=0.1 if frozen else norm.momentum,
-            affine=norm.weight is not None,
-            device=mean.device,
-            dtype=mean.dtype,
-            **options,
-        )
-        refbn.weight = nn.Parameter(norm.weight) if frozen else norm.weight
-        refbn.bias = nn.Parameter(norm.bias) if frozen else norm.bias
-        start_from(norm, refbn)
-        return refbn.train(norm.training)
+        mean = old.running_mean
+        frozen = _is_frozen(old)
+        new: Any = norm(
+            len(mean), old.eps, affine=old.weight is not None, device=mean.device,
+            dtype=mean.dtype, **options,
+        )  # fmt: skip
+        if isinstance(new, RefBatchNorm2d) and not frozen:
+            new.momentum = old.momentum
+        new.weight = nn.Parameter(old.weight) if frozen else old.weight
+        new.bias = nn.Parameter(old.bias) if frozen else old.bias
+        start_from(old, new)
+        return new.train(old.training)
 
     left = [
         name
@@ -66,7 +62,7 @@ def convert_to_refbn(model: nn.Module, **options) -> nn.Module:
         if isinstance(m, BATCH_NORMS) and not isinstance(m, RefBatchNorm2d) and not is_norm(m)
     ]
     if left:
-        logger.warning("Not converted to RefBatchNorm2d: %s", ", ".join(left))
+        logger.warning("Not converted to %s: %s", norm.__name__, ", ".join(left))
     return replace_modules(model, convert)
 
 
@@ -78,8 +74,9 @@ def convert_from_refbn(
     The model is changed in place. Use the return value: a model that is itself a norm is replaced.
 
     BatchNorm2d and SyncBatchNorm take over the parameters and running statistics as the same
-    objects; FrozenBatchNorm2d gets copies. Subclasses of RefBatchNorm2d with their own forward are
-    not converted, and a warning names them.
+    objects; FrozenBatchNorm2d gets copies. Two kinds are not converted, and a warning names them:
+    subclasses of RefBatchNorm2d with their own forward, and RefInstanceNorm2d, which depends on the
+    image and so is no BatchNorm.
 
     Args:
         norm: nn.BatchNorm2d, nn.SyncBatchNorm, or torchvision's or Detectron2's FrozenBatchNorm2d.
@@ -111,7 +108,7 @@ def convert_from_refbn(
 
     left = [name for name, m in refbn_layers(model) if not is_norm(m)]
     if left:
-        logger.warning("Not converted from RefBatchNorm2d: %s", ", ".join(left))
+        logger.warning("Not converted from RefBN or RefIN: %s", ", ".join(left))
     return replace_modules(model, convert)
 
 
@@ -140,9 +137,10 @@ def is_norm(module: nn.Module) -> bool:
     )
 
 
-def start_from(norm: Any, refbn: RefBatchNorm2d) -> None:
+def start_from(norm: Any, refbn: ReferenceNorm) -> None:
     """Give `refbn` the running statistics of `norm`, and its reference unless they are initial."""
-    _share_statistics(norm, refbn)
+    if isinstance(refbn, RefBatchNorm2d):
+        _share_statistics(norm, refbn)
     if not is_initial(norm.running_mean, norm.running_var):
         refbn.commit(Moments(norm.running_mean, norm.running_var, 1))
 

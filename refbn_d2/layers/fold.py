@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from refbn_d2.layers.call_graph import Conv, observe_calls, trace_calls
 from refbn_d2.layers.convert import BATCH_NORMS, convert_from_refbn, is_norm, replace_modules
+from refbn_d2.layers.reference_norm import ReferenceNorm
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,8 @@ def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     - Without `example_inputs`, torch.fx traces the model.
 
     RefBN, BN, SyncBN and FrozenBN are folded. A norm stays, with RefBN as BN, if there is no
-    convolution before it, or if the norm or that convolution is used in other places too. The log
-    lists these norms.
+    convolution before it, or if the norm or that convolution is used in other places too. RefIN
+    depends on the image and stays. The log lists these norms.
 
     Args:
         example_inputs: the model's argument, or a tuple of its arguments, for models that torch.fx
@@ -66,7 +67,8 @@ def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
                 _fuse(before, norm)
                 folded.add(norm)
     model = replace_modules(model, lambda m: nn.Identity() if m in folded else None)
-    left = [name for name, m in model.named_modules() if is_norm(m) or isinstance(m, BATCH_NORMS)]
+    kinds = (*BATCH_NORMS, ReferenceNorm)
+    left = [name for name, m in model.named_modules() if is_norm(m) or isinstance(m, kinds)]
     logger.info(
         "Folded %d norms into convolutions%s",
         len(folded),

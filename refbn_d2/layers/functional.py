@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 GRADIENTS = ("pooled", "batch", "reference")
-REFERENCE_WEIGHT, GRADIENT = 0.9, "batch"  # the defaults
+REFERENCE_WEIGHT, GRADIENT, PRIOR_COUNT = 0.9, "batch", 64.0  # the defaults
 
 
 def mix_moments(
@@ -206,3 +206,65 @@ def ref_batch_norm(
     return _Normalize.apply(
         x, weight, bias, mean, var, batch_mean, batch_var, w, gradient, eps, appended
     )
+
+
+def ref_instance_norm(
+    x: Tensor,
+    ref_mean: Tensor,
+    ref_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    prior_count: float = PRIOR_COUNT,
+    eps: float = 1e-5,
+) -> Tensor:
+    """y_i = gamma (x_i - mu_i) / sqrt(var_i + eps) + beta for each image i
+
+    (mu_i, var_i) is the mixture of the image's moments m_i, v_i over H and W with the reference's,
+    which count as n_0 elements:
+
+        w     = n_0 / (n_0 + H W)
+        mu_i  = w mu_R + (1-w) m_i
+        var_i = w var_R + (1-w) v_i + w (1-w) (mu_R - m_i)^2
+
+    The gradient is the exact derivative with mu_R, var_R constant. With n_0 = 0 this is instance
+    normalization (Ulyanov et al., "Instance Normalization", 2016).
+
+    Args:
+        x: (N, C, H, W); float16 and bfloat16 are normalized by float32 moments.
+        ref_mean, ref_var, weight, bias, eps: as in `ref_batch_norm`.
+        prior_count: n_0 >= 0.
+
+    Returns:
+        (N, C, H, W) in x's dtype.
+
+    Raises:
+        ValueError: x requires gradients, H W = 1 and n_0 = 0.
+    """
+    n, c, height, width = x.shape
+    with_kernels = x.requires_grad and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+    if with_kernels and not x.numel():  # every parameter stays in the graph, with gradient zero
+        weight, bias = in_dtype_of(ref_mean, weight, bias)
+        return F.batch_norm(x, ref_mean, ref_var, weight, bias, eps=eps)
+    w = prior_count / (prior_count + height * width)
+    if with_kernels:  # those of BatchNorm, on one image with N C channels
+        y = ref_batch_norm(
+            x.reshape(1, n * c, height, width),
+            ref_mean.repeat(n),
+            ref_var.repeat(n),
+            None if weight is None else weight.repeat(n),
+            None if bias is None else bias.repeat(n),
+            w,
+            "pooled",
+            eps=eps,
+        )
+        return y.view(x.shape)
+    # Plain operations, which compilers fuse and exporters know.
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    image_var, image_mean = torch.var_mean(x.float() if half else x, dim=(2, 3), correction=0)
+    mean, var = mix_moments(image_mean, image_var, ref_mean, ref_var, w)
+    scale = (var + eps).rsqrt()
+    weight, bias = in_dtype_of(scale, weight, bias)
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return torch.addcmul(shift[..., None, None], x, scale[..., None, None]).to(x.dtype)

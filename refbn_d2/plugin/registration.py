@@ -2,7 +2,7 @@
 
 `register` makes all of these changes, and `unregister` undoes them:
 
-    get_norm                    knows "RefBN" and its peers, also where it was imported before
+    get_norm                    knows "RefBN", "RefIN" and peers, also where imported before
     RetinaNetHead               gives them one layer per pyramid level, as it does for BN
     training loaders            read DATALOADER.BATCH_COMPOSITION
     build_model                 sets the layers by MODEL.REFBN, links CBN and MABN to their
@@ -12,7 +12,7 @@
     DatasetCatalog              knows `shapes_train` and the other shapes
 
 MODEL.BACKBONE.FREEZE_AT needs nothing: Detectron2 makes every BatchNorm2d, RefBN included, a
-FrozenBatchNorm2d.
+FrozenBatchNorm2d. RefIN stays, as GN does.
 """
 
 import functools
@@ -30,7 +30,7 @@ from torch import nn
 from refbn_d2.config import add_refbn_config, apply_options, refbn_options
 from refbn_d2.config.refbn import check_model
 from refbn_d2.data import catalog
-from refbn_d2.layers import RefBatchNorm2d, has_refbn
+from refbn_d2.layers import RefBatchNorm2d, RefInstanceNorm2d, has_refbn
 from refbn_d2.layers.peers import PEERS, prepare_peers
 from refbn_d2.plugin.patching import originals, replace_attribute, replace_code
 from refbn_d2.utils.errors import ConfigError
@@ -55,7 +55,11 @@ try:
 except ImportError as error:
     raise ImportError(f"{_VERSION} lacks what RefBN needs: {error}. {_WAY_OUT}") from error
 
-OUR_NORMS: dict[str, type[nn.BatchNorm2d]] = {"RefBN": RefBatchNorm2d, **PEERS}  # by their names
+OUR_NORMS: dict[str, type[nn.Module]] = {  # by their names
+    "RefBN": RefBatchNorm2d,
+    "RefIN": RefInstanceNorm2d,
+    **PEERS,
+}
 
 logger = logging.getLogger(__name__)
 

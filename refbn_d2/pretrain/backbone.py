@@ -54,7 +54,7 @@ def resnet_keys(model: nn.Module) -> dict[str, int] | None:
 
 def _modules(model: nn.Module) -> dict[str, str]:
     """Return the model's modules, regardless of its norms and drop rates."""
-    norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+    norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
     return {
         name: "norm" if isinstance(module, norms) else repr(module)
         for name, module in model.named_modules()

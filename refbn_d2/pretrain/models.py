@@ -9,7 +9,12 @@ from timm.layers import BatchNormAct2d, GroupNormAct, convert_sync_batchnorm
 from torch import Tensor, nn
 
 from refbn_d2.config import ConfigError, apply_options, refbn_options
-from refbn_d2.layers import RefBatchNorm2d, convert_to_refbn
+from refbn_d2.layers import (
+    RefBatchNorm2d,
+    ReferenceNorm,
+    RefInstanceNorm2d,
+    convert_to_refbn,
+)
 from refbn_d2.layers.convert import replace_modules, start_from
 from refbn_d2.layers.peers import PEERS
 
@@ -23,6 +28,16 @@ class RefBatchNormAct2d(RefBatchNorm2d, BatchNormAct2d):
 
     timm's own tools recognize it as a BatchNormAct2d, and keep its activation.
     """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class RefInstanceNormAct2d(RefInstanceNorm2d):
+    """act(drop(RefInstanceNorm2d(x))): timm's BatchNormAct2d with RefIN."""
+
+    drop: nn.Module
+    act: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.drop(super().forward(x)))
@@ -55,9 +70,10 @@ def build_model(cfg, num_classes: int) -> nn.Module:
             f"MODEL.NAME = {name!r} has no BatchNorm2d that MODEL.NORM = {norm!r} could replace; "
             "use a model with BatchNorm, such as resnet50"
         )
-    if norm == "RefBN":
+    if norm in ("RefBN", "RefIN"):
         options = refbn_options(cfg)
-        model = convert_timm_to_refbn(model)
+        layer = RefBatchNorm2d if norm == "RefBN" else RefInstanceNorm2d
+        model = convert_timm_to_refbn(model, layer)
         apply_options(model, options)
         return model
     if norm in PEERS:
@@ -71,25 +87,31 @@ def build_model(cfg, num_classes: int) -> nn.Module:
     return model
 
 
-def convert_timm_to_refbn(model: nn.Module, **options) -> nn.Module:
+def convert_timm_to_refbn(
+    model: nn.Module, norm: type[ReferenceNorm] = RefBatchNorm2d, **options
+) -> nn.Module:
     """Convert a model of timm as `convert_to_refbn` does, its BatchNormAct2d included.
 
     Args and Raises: as `refbn_d2.layers.convert_to_refbn`.
     """
 
-    def convert(norm: nn.Module) -> nn.Module | None:
-        if not isinstance(norm, BatchNormAct2d) or isinstance(norm, RefBatchNorm2d):
-            return None
-        new = RefBatchNormAct2d(
-            norm.num_features, norm.eps, norm.momentum, norm.affine,
-            device=norm.running_mean.device, dtype=norm.running_mean.dtype, **options,
-        )  # fmt: skip
-        new.weight, new.bias = norm.weight, norm.bias
-        new.drop, new.act = norm.drop, norm.act
-        start_from(norm, new)
-        return new.train(norm.training)
+    with_act = RefBatchNormAct2d if norm is RefBatchNorm2d else RefInstanceNormAct2d
 
-    return convert_to_refbn(replace_modules(model, convert), **options)
+    def convert(old: nn.Module) -> nn.Module | None:
+        if not isinstance(old, BatchNormAct2d) or isinstance(old, ReferenceNorm):
+            return None
+        new = with_act(
+            old.num_features, old.eps, affine=old.affine,
+            device=old.running_mean.device, dtype=old.running_mean.dtype, **options,
+        )  # fmt: skip
+        if isinstance(new, RefBatchNorm2d):
+            new.momentum = old.momentum
+        new.weight, new.bias = old.weight, old.bias
+        new.drop, new.act = old.drop, old.act
+        start_from(old, new)
+        return new.train(old.training)
+
+    return convert_to_refbn(replace_modules(model, convert), norm, **options)
 
 
 def _peer(norm: nn.Module, name: str) -> nn.Module | None:

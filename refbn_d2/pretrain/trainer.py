@@ -14,6 +14,7 @@ from tqdm import tqdm
 from refbn_d2.checkpoint import load_checkpoint, load_source, load_weights, save_checkpoint
 from refbn_d2.config import refbn_options
 from refbn_d2.config.refbn import check_model
+from refbn_d2.layers import has_refbn
 from refbn_d2.layers.peers import prepare_peers
 from refbn_d2.pretrain.backbone import resnet_keys, write_backbone
 from refbn_d2.pretrain.data.datasets import load_images
@@ -136,7 +137,7 @@ class Trainer(TrainingLoop):
         if cfg.MODEL.COMPILE:  # only `forward`: the hooks that append a slice are not traced
             model.forward = torch.compile(model.forward)
         reference = None
-        if cfg.MODEL.NORM == "RefBN":
+        if has_refbn(model):
             reference = self._reference(cfg, model, samples, checkpoint)
         amp = cfg.SOLVER.AMP
         super().__init__(

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from refbn_d2.config import RefBNOptions
-from refbn_d2.layers import Moments, Recording, RefBatchNorm2d, refbn_layers
+from refbn_d2.config.refbn import LAYER_OPTIONS
+from refbn_d2.layers import Moments, Recording, ReferenceNorm, refbn_layers
 from refbn_d2.reference.inputs import (
     Inputs,
     Sample,
@@ -59,7 +60,7 @@ class ReferenceBatch:
     first training batch as the reference.
 
     Args:
-        model: has RefBatchNorm2d layers; not wrapped by DistributedDataParallel.
+        model: has RefBN or RefIN layers; not wrapped by DistributedDataParallel.
         images: the reference images: a tensor (N, C, H, W), normalized as in training, or a list of
             samples as the model takes them in training (dicts with "image" for Detectron2,
             (image, target) for torchvision's detectors), or (image, label) of a classification set.
@@ -78,7 +79,7 @@ class ReferenceBatch:
 
     Raises:
         ConfigError: workers have different reference batches, or "concat" has nothing to append to.
-        ValueError: the model has no RefBatchNorm2d, or there are no images.
+        ValueError: the model has no RefBN or RefIN layer, or there are no images.
     """
 
     def __init__(
@@ -95,8 +96,8 @@ class ReferenceBatch:
         self._layers = dict(refbn_layers(model))
         if not self._layers:
             raise ValueError(
-                "The model has no RefBatchNorm2d layer, so it cannot take a reference. Convert it "
-                "with convert_to_refbn, or set its norms to RefBN."
+                "The model has no RefBN or RefIN layer, so it cannot take a reference. Convert it "
+                "with convert_to_refbn, or set its norms to RefBN or RefIN."
             )
         if len(images) == 0:
             raise ValueError("A reference batch needs images, but there are none: give 1 or more.")
@@ -119,8 +120,8 @@ class ReferenceBatch:
         self._was_appended = False  # in this step
         self._rows_in_flight = 0  # batch and slice, in the module's last call
         self._beside: dict[str, Moments | None] = {}  # recorded outside of `concat_to` in this step
-        self._missed: list[RefBatchNorm2d] = []  # without a reference yet
-        self._concat_layers: dict[str, RefBatchNorm2d] = {}
+        self._missed: list[ReferenceNorm] = []  # without a reference yet
+        self._concat_layers: dict[str, ReferenceNorm] = {}
         for layer in self._layers.values():
             layer.stop_recording()
         if self.options.refresh == "concat":
@@ -366,7 +367,8 @@ class ReferenceBatch:
 
 
 def _default_options(num_images: int, inputs: Inputs) -> RefBNOptions:
-    options = RefBNOptions(reference_weight=None, weighting=None, gradient=None)
+    layers_own: dict[str, Any] = dict.fromkeys(LAYER_OPTIONS)
+    options = RefBNOptions(**layers_own)
     return replace(
         options,
         refresh=options.refresh if inputs.can_concat else "slice",
@@ -375,7 +377,7 @@ def _default_options(num_images: int, inputs: Inputs) -> RefBNOptions:
     )
 
 
-def _take_recorded(layers: dict[str, RefBatchNorm2d]) -> dict[str, Moments | None]:
+def _take_recorded(layers: dict[str, ReferenceNorm]) -> dict[str, Moments | None]:
     return {name: layer.stop_recording() for name, layer in layers.items()}
 
 

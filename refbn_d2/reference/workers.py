@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from refbn_d2.layers import Moments, RefBatchNorm2d
+from refbn_d2.layers import Moments, ReferenceNorm
 from refbn_d2.utils import distributed
 from refbn_d2.utils.errors import ConfigError
 
@@ -34,7 +34,7 @@ def check_same_on_all_workers(identity: dict) -> None:
 
 
 def pool_over_workers(
-    recorded: list[Moments | None], layers: list[RefBatchNorm2d], average_count: bool
+    recorded: list[Moments | None], layers: list[ReferenceNorm], average_count: bool
 ) -> list[Moments | None]:
     """Pool each layer's moments over the workers by count, in one all-reduce.
 

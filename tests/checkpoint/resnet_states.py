@@ -8,7 +8,7 @@ from torch import nn
 
 from refbn_d2.checkpoint.convert import convert_state, identify
 from refbn_d2.checkpoint.names import torchvision_to_detectron2
-from refbn_d2.layers import RefBatchNorm2d
+from refbn_d2.layers import RefBatchNorm2d, RefInstanceNorm2d
 
 NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d"]
 NAMES += ["resnext101_32x8d", "wide_resnet50_2"]
@@ -18,7 +18,10 @@ TENSORS = {
     "FrozenBN": FROZEN,
     "BN": [*FROZEN, "num_batches_tracked"],
     "RefBN": [*FROZEN, "num_batches_tracked", *REFERENCE],
+    "RefIN": ["weight", "bias", *REFERENCE],
 }
+
+LAYERS = {"RefBN": RefBatchNorm2d, "RefIN": RefInstanceNorm2d}
 
 
 @functools.cache
@@ -27,16 +30,16 @@ def keys(name, norm):
     layer = {"FrozenBN": torchvision.ops.FrozenBatchNorm2d, "GN": lambda c: nn.GroupNorm(32, c)}
     with torch.device("meta"):
         model = torchvision.models.get_model(name, norm_layer=layer.get(norm), num_classes=7)
-    if norm == "RefBN":
-        convert_to_refbn_without_data(model)
+    if norm in LAYERS:
+        convert_to_refbn_without_data(model, LAYERS[norm])
     return {n: (tuple(t.shape), t.dtype) for n, t in model.state_dict().items()}
 
 
-def convert_to_refbn_without_data(model):
+def convert_to_refbn_without_data(model, layer):
     for m in list(model.modules()):
         for child_name, child in list(m.named_children()):
             if isinstance(child, nn.BatchNorm2d):
-                m.register_module(child_name, RefBatchNorm2d(child.num_features, device="meta"))
+                m.register_module(child_name, layer(child.num_features, device="meta"))
 
 
 def numbered(name, norm="BN"):

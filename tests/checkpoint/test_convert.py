@@ -27,7 +27,7 @@ from tests.checkpoint.resnet_states import (
 # ---- there and back
 
 
-@pytest.mark.parametrize("norm", ["RefBN", "BN", "FrozenBN", "GN"])
+@pytest.mark.parametrize("norm", ["RefBN", "RefIN", "BN", "FrozenBN", "GN"])
 @pytest.mark.parametrize("name", NAMES)
 def test_there_and_back_is_the_identity(name, norm):
     state = numbered(name, norm)
@@ -40,7 +40,7 @@ def test_there_and_back_is_the_identity(name, norm):
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".pth", ".safetensors"])
-@pytest.mark.parametrize("norm", ["RefBN", "BN", "FrozenBN"])
+@pytest.mark.parametrize("norm", ["RefBN", "RefIN", "BN", "FrozenBN"])
 def test_there_and_back_through_files_is_the_identity(norm, suffix, tmp_path):
     state, there, back = small(norm), tmp_path / f"there{suffix}", tmp_path / "back.pth"
     save_checkpoint(pack(converted(state, "detectron2"), "detectron2", suffix), there)
@@ -65,9 +65,18 @@ def test_a_detector_keeps_its_names(state, norm):
 # ---- norms
 
 
+BATCH_NORMS = [norm for norm in TENSORS if norm != "RefIN"]
+
+
+@pytest.mark.parametrize("there", ["BN", "FrozenBN", "folded"])
+def test_refin_is_no_batch_norm(there):
+    with pytest.raises(CheckpointError, match=r"its norm: RefIN\).* cannot be .* to " + there):
+        converted(small("RefIN"), "detectron2", there)
+
+
 @pytest.mark.parametrize("to", ["detectron2", "torchvision"])
 @pytest.mark.parametrize("there", TENSORS)
-@pytest.mark.parametrize("here", TENSORS)
+@pytest.mark.parametrize("here", BATCH_NORMS)
 def test_norms_have_their_own_tensors(here, there, to):
     state, expected = small(here), small(there)
     result = converted(state, to, there)
@@ -102,7 +111,7 @@ def folded_by_torch(state, conv):
     return weight.float(), bias.float()
 
 
-@pytest.mark.parametrize("norm", TENSORS)
+@pytest.mark.parametrize("norm", BATCH_NORMS)
 def test_folded_weights_are_torchs(norm):
     state = detector(norm)
     before = {name: tensor.clone() for name, tensor in state.items()}

@@ -1,3 +1,4 @@
+import copy
 import logging
 import re
 
@@ -8,13 +9,14 @@ from torch import nn
 
 from refbn_d2.checkpoint.files import load_checkpoint, save_checkpoint
 from refbn_d2.checkpoint.loading import load_weights
-from refbn_d2.layers import RefBatchNorm2d
+from refbn_d2.layers import RefBatchNorm2d, RefInstanceNorm2d
 from refbn_d2.utils.errors import CheckpointError
 from tests.checkpoint.helpers import assert_same
 
 NORMS = {
     "BN": nn.BatchNorm2d,
     "RefBN": RefBatchNorm2d,
+    "RefIN": RefInstanceNorm2d,
     "FrozenBN": torchvision.ops.FrozenBatchNorm2d,
     "": lambda channels: nn.Identity(),
     "GN": lambda channels: nn.GroupNorm(2, channels),
@@ -81,6 +83,27 @@ def test_batch_norms_load_into_each_other(here, there, caplog):
         norm = model.backbone.bottom_up.stem.conv1.norm
         assert torch.equal(norm.ref_mean, norm.running_mean)
         assert torch.equal(norm.ref_var, norm.running_var)
+
+
+@pytest.mark.parametrize("other", ["BN", "RefBN", "FrozenBN"])
+def test_refin_and_batch_norms_do_not_load_into_each_other(other, caplog):
+    batch_norm, refin = randomised(Detector(other)), randomised(Detector("RefIN"), seed=2)
+    before = copy.deepcopy(refin.state_dict())
+    stem = "backbone.bottom_up.stem.conv1.norm"
+    expected = (
+        f"{stem} is {other} in the file and RefIN in the model, .* Set the config's NORM to "
+        f"{other}, or convert the file with .* --norm RefIN"
+    )
+    with pytest.raises(CheckpointError, match=expected):
+        load_weights(refin, batch_norm.state_dict(), "a.pth")
+    assert_same(refin.state_dict(), before)
+    expected = rf"{stem} is RefIN in the file and {other} in the model, .* NORM to RefIN\."
+    with pytest.raises(CheckpointError, match=expected):
+        load_weights(batch_norm, refin.state_dict(), "a.pth")
+    load_weights(refin, batch_norm.state_dict(), "a.pth", allow_partial=True)
+    assert "which computes something else (7 such norms)" in caplog.text
+    load_weights(refin, before, "a.pth")
+    assert_same(refin.state_dict(), before)
 
 
 def imagenet_names(model):

@@ -24,12 +24,14 @@ def cfg_with(**norms):
 def test_a_model_that_a_converter_took_refbn_from():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(REFBN))
     cfg = cfg_with(RESNETS="RefBN", FPN="RefBN")
-    named = r"MODEL\.\w+\.NORM and MODEL\.\w+\.NORM is 'RefBN', but .* only SyncBatchNorm\..*"
+    named = (
+        r"MODEL\.\w+\.NORM and MODEL\.\w+\.NORM is RefBN or RefIN, but .* only SyncBatchNorm\..*"
+    )
     with pytest.raises(ConfigError, match=named + "convert_sync_batchnorm"):
         check_model(model, cfg)
     cfg = get_pretrain_cfg()
     cfg.MODEL.NORM = "RefBN"
-    with pytest.raises(ConfigError, match="MODEL.NORM is 'RefBN'"):
+    with pytest.raises(ConfigError, match="MODEL.NORM is RefBN"):
         check_model(model, cfg)
 
 
@@ -45,4 +47,4 @@ def test_a_frozen_model_gets_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         check_model(nn.Conv2d(3, 4, 1), cfg_with(RESNETS="RefBN"))
     [record] = caplog.records
-    assert "MODEL.RESNETS.NORM is 'RefBN', but the model has no RefBatchNorm2d" in record.message
+    assert "MODEL.RESNETS.NORM is RefBN or RefIN, but the model has no such layer" in record.message

@@ -11,6 +11,7 @@ DEFAULTS = {
     "reference_weight": 0.9,
     "weighting": "fixed",
     "gradient": "batch",
+    "prior_count": 64.0,
     "reference": "dataset",
     "refresh": "concat",
     "refresh_period": 4,
@@ -48,13 +49,15 @@ def test_defaults_with_and_without_the_node():
 def test_values_are_read():
     got = options(
         *("MODEL.REFBN.REFERENCE_WEIGHT", 0.5, "MODEL.REFBN.WEIGHTING", "count"),
-        *("MODEL.REFBN.GRADIENT", "pooled"),
+        *("MODEL.REFBN.GRADIENT", "pooled", "MODEL.REFBN.PRIOR_COUNT", 9),
         *("MODEL.REFBN.REFERENCE", "checkpoint"),
         *("MODEL.REFBN.REFRESH", "slice", "MODEL.REFBN.REFRESH_PERIOD", 2),
         *("MODEL.REFBN.SLICE_SIZE", 16, "MODEL.REFBN.SLICE_MOMENTUM", 1),
         *("MODEL.REFBN.NUM_IMAGES", 16, "MODEL.REFBN.SEED", 5),
     )
-    assert got == RefBNOptions(0.5, "count", "pooled", "checkpoint", "slice", 2, 16, 1.0, 16, 5)
+    assert got == RefBNOptions(
+        0.5, "count", "pooled", 9.0, "checkpoint", "slice", 2, 16, 1.0, 16, 5
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         got.seed = 1
 
@@ -70,6 +73,8 @@ def test_the_whole_range_of_weights(weight):
         ("REFERENCE_WEIGHT", -0.1, "[0, 1]"),
         ("REFERENCE_WEIGHT", 1.1, "[0, 1]"),
         ("REFERENCE_WEIGHT", float("nan"), "[0, 1]"),
+        ("PRIOR_COUNT", -1, "0 or more"),
+        ("PRIOR_COUNT", float("inf"), "0 or more"),
         ("WEIGHTING", "all", "'fixed' or 'count'"),
         ("GRADIENT", "exact", "'pooled' or 'batch' or 'reference'"),
         ("REFERENCE", "coco", "'dataset' or 'checkpoint'"),

@@ -1,5 +1,6 @@
 """Backbones as ONNX and TorchScript, run by their own runtimes."""
 
+import copy
 import io
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from refbn_d2.checkpoint.convert import convert_state, identify
 from refbn_d2.export import programs as module
 from refbn_d2.export.programs import export
+from refbn_d2.layers import RefInstanceNorm2d, convert_to_refbn
 from refbn_d2.utils.errors import CheckpointError
 
 
@@ -48,6 +50,23 @@ def test_the_program_computes_what_torchvisions_model_does(resnet18, to, size):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("to", ["onnx", "torchscript"])
+def test_refin_stays_and_takes_images_of_any_size(resnet18, to):
+    """The program's weight of the reference follows the image's size."""
+    before = identify({"model": resnet18.state_dict()}, "a.pth")
+    contents = identify({"model": convert_state(before, "detectron2", "RefIN")}, "a.pth")
+    assert contents.norms["MODEL.RESNETS.NORM"] == "RefIN"
+    data, _ = export(contents, to)
+    model = convert_to_refbn(copy.deepcopy(resnet18), RefInstanceNorm2d).eval()
+    for n, height, width in ((1, 64, 96), (3, 128, 32)):
+        images = torch.randn(n, 3, height, width)
+        with torch.no_grad():
+            expected = by_torchvision(model, images)
+        found = run(data, to, images, list(expected))
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("to", ["onnx", "torchscript"])

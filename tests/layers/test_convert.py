@@ -151,7 +151,7 @@ def test_a_refbn_that_does_more_is_not_converted(caplog):
     assert model["fused"] is fused and not caplog.messages
     convert_from_refbn(model)
     assert model["fused"] is fused and type(model["plain"]) is nn.BatchNorm2d
-    assert caplog.messages == ["Not converted from RefBatchNorm2d: fused"]
+    assert caplog.messages == ["Not converted from RefBN or RefIN: fused"]
 
 
 def test_bad_settings_are_refused_and_nothing_is_converted():

@@ -14,7 +14,7 @@ from torch import nn
 
 from refbn_d2.layers import Moments, Recording, RefBatchNorm2d, refbn_layers
 from refbn_d2.layers.functional import GRADIENTS
-from refbn_d2.layers.ref_batch_norm import _warn_no_reference
+from refbn_d2.layers.reference_norm import warn_no_reference
 
 C = 6
 
@@ -151,7 +151,7 @@ def test_empty_batch_passes_with_zero_gradients():
 
 
 def test_first_batch_becomes_the_reference_with_one_warning(caplog):
-    _warn_no_reference.cache_clear()
+    warn_no_reference.cache_clear()
     layers = [RefBatchNorm2d(C), RefBatchNorm2d(C)]
     with caplog.at_level(logging.WARNING):
         for layer in layers:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from refbn_d2.layers import RefBatchNorm2d, refbn_layers
+from refbn_d2.layers import RefBatchNorm2d, RefInstanceNorm2d, refbn_layers
 from tests.plugin.helpers import FPN, build
 
 pytest.importorskip("detectron2.layers", reason="Detectron2 is not installed")
@@ -139,11 +139,14 @@ def test_refbn_stands_wherever_bn_does(place, monkeypatch):
         theirs = PLACES[place]("BN")
     except ImportError as error:  # projects come with a source checkout alone
         pytest.skip(f"{place}: {error}")
-    ours = PLACES[place]("RefBN")
-    layers = [m for m in ours.modules() if isinstance(m, RefBatchNorm2d)]
     others = [m for m in theirs.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert [m.num_features for m in layers] == [m.num_features for m in others] and layers
-    assert set(theirs.state_dict()) <= set(ours.state_dict())
+    for norm, kind in (("RefBN", RefBatchNorm2d), ("RefIN", RefInstanceNorm2d)):
+        ours = PLACES[place](norm)
+        layers = [m for m in ours.modules() if isinstance(m, kind)]
+        assert [m.num_features for m in layers] == [m.num_features for m in others] and layers
+        statistics = ("running_mean", "running_var", "num_batches_tracked")
+        expected = {n for n in theirs.state_dict() if norm == "RefBN" or not n.endswith(statistics)}
+        assert expected <= set(ours.state_dict())
 
 
 def test_lazy_configs_take_the_name_and_the_class():

@@ -16,7 +16,7 @@ from refbn_d2.pretrain.trainer import evaluate, train
 from refbn_d2.training.main import run_training
 
 
-@pytest.fixture(scope="module", params=["RefBN", "BN", "GN"])
+@pytest.fixture(scope="module", params=["RefBN", "RefIN", "BN", "GN"])
 def pretrained(request, make_cfg, tmp_path_factory):
     """Return config and folder of a short run of a ResNet-18 with a moving average."""
     cfg = make_cfg(tmp_path_factory.mktemp(request.param))
@@ -77,7 +77,7 @@ def test_the_file_is_detectron2s(pretrained):
     names = data["model"].keys()
     assert {"stem.conv1.weight", "stem.conv1.norm.weight", "res5.1.conv2.norm.bias"} <= names
     assert not any(name.startswith(("fc", "linear", "backbone")) for name in names)
-    assert ("res2.0.conv1.norm.ref_mean" in names) == (cfg.MODEL.NORM == "RefBN")
+    assert ("res2.0.conv1.norm.ref_mean" in names) == (cfg.MODEL.NORM in ("RefBN", "RefIN"))
 
 
 def test_the_torchvision_engine_loads_it(pretrained):

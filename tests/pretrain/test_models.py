@@ -80,7 +80,7 @@ def test_conversion_and_folding_keep_an_activation(cfg, caplog):
     torch.testing.assert_close(fold(model)(x), want)
     with caplog.at_level(logging.WARNING):
         torch.testing.assert_close(convert_from_refbn(model)(x), want)
-    assert "Not converted from RefBatchNorm2d: stem.bn" in caplog.text
+    assert "Not converted from RefBN or RefIN: stem.bn" in caplog.text
 
 
 def test_the_activation_follows_the_normalized_batch():
@@ -171,7 +171,7 @@ def test_backbones_that_detectron2_has(name):
         assert resnet_keys(timm.create_model(name)) == dict(zip(KEYS, PLAIN[name], strict=True))
 
 
-@pytest.mark.parametrize("norm", ["RefBN", "GN"])
+@pytest.mark.parametrize("norm", ["RefBN", "RefIN", "GN"])
 def test_norms_and_drop_rates_make_no_other_backbone(cfg, norm):
     model = build(
         cfg, "MODEL.NAME", "resnet50", "MODEL.NORM", norm, "MODEL.DROP_RATE", 0.1,

@@ -75,7 +75,7 @@ def colors(root):
     return root
 
 
-@pytest.mark.parametrize("norm", ["RefBN", "BN"])
+@pytest.mark.parametrize("norm", ["RefBN", "RefIN", "BN"])
 def test_it_learns(cfg, tmp_path, norm):
     results = run(
         cfg, "DATASETS.ROOT", str(colors(tmp_path / "colors")), "MODEL.NORM", norm,

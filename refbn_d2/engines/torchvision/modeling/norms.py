@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refbn_d2.layers import RefBatchNorm2d
+from refbn_d2.layers import RefBatchNorm2d, RefInstanceNorm2d
 from refbn_d2.layers.convert import BATCH_NORMS, replace_modules
 from refbn_d2.layers.peers import PEERS
 from refbn_d2.utils.errors import ConfigError
@@ -60,6 +60,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 _NORMS: dict[str, Norm] = {
     "RefBN": RefBatchNorm2d,
+    "RefIN": RefInstanceNorm2d,
     "BN": nn.BatchNorm2d,
     "SyncBN": nn.SyncBatchNorm,
     "FrozenBN": FrozenBatchNorm2d,

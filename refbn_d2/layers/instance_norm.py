@@ -1,0 +1,99 @@
+"""Provide RefInstanceNorm2d: each image's moments, mixed with those of a fixed reference batch.
+
+`functional.py` holds the arithmetic, `reference_norm.py` the reference. `docs/algorithm.md` says
+when to use which of RefBatchNorm2d and RefInstanceNorm2d.
+"""
+
+from torch import Tensor, nn
+
+from refbn_d2.layers.functional import (
+    PRIOR_COUNT,
+    batch_moments,
+    mix_moments,
+    ref_instance_norm,
+)
+from refbn_d2.layers.reference_norm import (
+    Moments,
+    Recording,
+    ReferenceNorm,
+    is_traced,
+    warn_no_reference,
+)
+
+
+class RefInstanceNorm2d(ReferenceNorm, nn.InstanceNorm2d):
+    """y_i = gamma (x_i - mu_i) / sqrt(var_i + eps) + beta for each image i
+
+    (mu_i, var_i) is the mixture of the reference's moments and those of the image over H and W,
+    with weight w for the reference:
+
+        w = n_0 / (n_0 + H W)
+
+    The reference counts as n_0 elements: an image with few elements, whose own moments are noisy,
+    is normalized by the reference, an image with many by itself. This is the posterior mean of the
+    moments with the reference as a prior of n_0 observations. With n_0 = 0 it is instance
+    normalization.
+
+    Nothing depends on the other images of a batch, and evaluation computes what training does. In
+    a batch of images of different sizes, padding counts as a part of the image.
+
+    State: weight and bias (C,), and the reference (`ReferenceNorm`). There are no running
+    statistics; those of a BatchNorm2d's state dict become the reference. An empty batch (N = 0)
+    passes through with zero gradients.
+
+    Args:
+        num_features: C of an (N, C, H, W) input.
+        eps: added to the variance.
+        affine: learn gamma and beta.
+        prior_count: n_0 >= 0, in elements of a channel.
+
+    Raises:
+        ValueError: `prior_count` is not a number >= 0; or a forward pass in training has
+            n_0 = 0 and H W = 1.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        prior_count: float = PRIOR_COUNT,
+        device=None,
+        dtype=None,
+    ) -> None:
+        if not (isinstance(prior_count, (int, float)) and 0 <= prior_count < float("inf")):
+            raise ValueError(f"prior_count must be a number >= 0, not {prior_count!r}")
+        super().__init__(num_features, eps, affine=affine, device=device, dtype=dtype)
+        self.prior_count = prior_count
+        self._init_reference(device, dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.eps}, affine={self.affine}, "
+            f"prior_count={self.prior_count}"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_traced(x) and type(self).forward is RefInstanceNorm2d.forward:
+            return self._call_traced(x)
+        mean, var = self.ref_mean, self.ref_var
+        if self.training and x.numel():
+            mean, var = self._reference_of(x)
+        return ref_instance_norm(x, mean, var, self.weight, self.bias, self.prior_count, self.eps)
+
+    def _reference_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the reference's moments for a training batch, and record what is asked for."""
+        has_reference = self.has_reference()
+        if self.recording is Recording.OFF and not has_reference:
+            warn_no_reference()
+            self.commit(Moments(*batch_moments(x.detach()), x.numel() // self.num_features))
+        if self.recording is Recording.OFF:
+            return self.ref_mean, self.ref_var
+        rows = self.concat_rows if self.recording is Recording.CONCAT else len(x)
+        recorded = self.accumulate(x[len(x) - rows :])
+        if self.recording is Recording.CAPTURE or not has_reference:
+            return recorded.mean, recorded.var
+        if self.recording is Recording.SLICE:
+            return self.ref_mean, self.ref_var
+        momentum = self.slice_momentum
+        return mix_moments(self.ref_mean, self.ref_var, recorded.mean, recorded.var, momentum)
