@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from refbn_d2.utils.torch_compat import is_compiling
+
 GRADIENTS = ("pooled", "batch", "reference")
 REFERENCE_WEIGHT, GRADIENT = 0.9, "batch"  # the defaults
 
@@ -42,7 +44,7 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     They are accumulated and returned in float32 or wider, under autocast too.
     """
     half = x.dtype in (torch.float16, torch.bfloat16)
-    if torch.compiler.is_compiling():  # plain operations, for the compiler to fuse
+    if is_compiling():  # plain operations, for the compiler to fuse
         var, mean = torch.var_mean(x.float() if half else x, dim=(0, 2, 3), correction=0)
         return mean, var
     if not half:

@@ -24,6 +24,7 @@ from refbn_d2.layers.functional import (
     mix_moments,
     ref_batch_norm,
 )
+from refbn_d2.utils.torch_compat import is_compiling
 
 WEIGHTINGS = ("fixed", "count")
 
@@ -326,7 +327,7 @@ def _in_backward() -> bool:
 
     A layer is called there only when activation checkpointing repeats a forward pass.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
     return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks for it
 

@@ -13,6 +13,7 @@ from refbn_d2.config.cfg_node import CfgNode
 from refbn_d2.training.loop import TrainingLoop
 from refbn_d2.utils import distributed
 from refbn_d2.utils.errors import DivergedError
+from refbn_d2.utils.torch_compat import grad_scaler
 
 
 class Toy(TrainingLoop):
@@ -30,7 +31,7 @@ class Toy(TrainingLoop):
             model=model,
             loader=iter(lambda: torch.full((1, 1), 0.01), None),
             optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
-            scaler=torch.amp.GradScaler("cpu", init_scale=4.0, enabled=scaler),
+            scaler=grad_scaler("cpu", scaler, init_scale=4.0),
             reference=None,
             seed=0,
             **settings | schedule,
