@@ -191,9 +191,9 @@ class RefBatchNorm2d(nn.BatchNorm2d):
         if "ref_count" in self._buffers:  # BatchNorm2d's constructor calls this too
             self.reset_reference()
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn, *args, **kwargs):  # torch 2.1 has added `recurse`
         mean, var, count = self.ref_mean, self.ref_var, self.ref_count
-        super()._apply(fn, recurse)
+        super()._apply(fn, *args, **kwargs)
         if _is_half(self.ref_mean):  # `.half()`: converted from the values before
             self.ref_mean = mean.to(self.ref_mean.device).float()
             self.ref_var = var.to(self.ref_var.device).float()

@@ -3,11 +3,13 @@
 A function has the name and the arguments of what it replaces.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing import ProcessContext
 
 from refbn_d2.utils.errors import MissingDependencyError
 
@@ -84,3 +86,33 @@ def get_total_norm(tensors: Iterable[Tensor]) -> Tensor:
         return nn.utils.get_total_norm(tensors)
     norms = torch._foreach_norm(list(tensors))
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.tensor(0.0)
+
+
+def itemsize_of(dtype: torch.dtype) -> int:
+    """Return dtype.itemsize (2.1), the bytes of an element."""
+    return torch.empty((), dtype=dtype).element_size()
+
+
+def safe_globals(names: list) -> AbstractContextManager:
+    """Return torch.serialization.safe_globals(names) (2.6), or do nothing: fewer files are read."""
+    if torch_version() < (2, 6):
+        return nullcontext()
+    return torch.serialization.safe_globals(names)
+
+
+def register_forward_hook(module: nn.Module, hook: Callable, always_call: bool) -> None:
+    """Call module.register_forward_hook(hook, always_call=always_call) (2.1).
+
+    Before torch 2.1 the hook is not called after a forward pass that has raised.
+    """
+    options = {"always_call": always_call} if torch_version() >= (2, 1) else {}
+    module.register_forward_hook(hook, **options)
+
+
+def join(context: ProcessContext, grace_period: float) -> bool:
+    """Call context.join(grace_period=grace_period) (2.6): the time to end after another's error.
+
+    Before torch 2.6 a failure of one process ends the others at once.
+    """
+    options = {"grace_period": grace_period} if torch_version() >= (2, 6) else {}
+    return context.join(**options)
