@@ -1,9 +1,10 @@
-"""Skip what old versions of torch, timm or others cannot do; the reason names the version that can."""
+"""Skip what old versions of torch and others cannot do, with the version that can as the reason."""
 
 import importlib.metadata
 import re
 
 import pytest
+import torch
 
 
 def installed(package):
@@ -16,3 +17,6 @@ def needs(package, major, minor, what):
     return pytest.mark.skipif(
         installed(package) < (major, minor), reason=f"{what} needs {package} {major}.{minor}"
     )
+
+
+FLOAT16 = pytest.param(torch.float16, marks=needs("torch", 2, 4, "float16 on the CPU"))

@@ -52,8 +52,8 @@ _HARMLESS |= {"torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_qtensor"
 def too_new(path: Path, what: str) -> CheckpointError:
     """Return the error for a file with an object that this torch does not read; `what` names it."""
     return CheckpointError(
-        f"{path} holds {what}, which torch reads safely since 2.6, and torch {torch.__version__} is "
-        "installed. Save only the state_dict(), or use a newer torch."
+        f"{path} holds {what}, which torch reads safely since 2.6, and here is torch "
+        f"{torch.__version__}. Save only the state_dict(), or use a newer torch."
     )
 
 

@@ -9,6 +9,10 @@ from refbn_d2.checkpoint.convert import convert_state, identify
 from refbn_d2.export import programs as module
 from refbn_d2.export.programs import export
 from refbn_d2.utils.errors import CheckpointError
+from tests.versions import needs
+
+ONNX = pytest.param("onnx", marks=needs("torch", 2, 6, "writing ONNX"))
+PROGRAMS = [ONNX, "torchscript"]
 
 
 def backbone(resnet18):
@@ -35,7 +39,7 @@ def by_torchvision(model, images):
     return maps
 
 
-@pytest.mark.parametrize("to", ["onnx", "torchscript"])
+@pytest.mark.parametrize("to", PROGRAMS)
 @pytest.mark.parametrize("size", [(1, 64, 96), (3, 128, 32)])
 def test_the_program_computes_what_torchvisions_model_does(resnet18, to, size):
     n, height, width = size
@@ -50,7 +54,7 @@ def test_the_program_computes_what_torchvisions_model_does(resnet18, to, size):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("to", ["onnx", "torchscript"])
+@pytest.mark.parametrize("to", PROGRAMS)
 def test_no_norm_is_left_in_the_program(resnet18, to):
     data, _ = export(backbone(resnet18), to)
     if to == "torchscript":
@@ -63,7 +67,7 @@ def test_no_norm_is_left_in_the_program(resnet18, to):
         assert kinds.count("Conv") == 20 and "BatchNormalization" not in kinds
 
 
-@pytest.mark.parametrize("to", ["onnx", "torchscript"])
+@pytest.mark.parametrize("to", PROGRAMS)
 def test_a_detectors_backbone(mask_rcnn, mask_rcnn_cfg, to):
     contents = identify({"model": mask_rcnn.state_dict()}, "a.pth")
     data, table = export(contents, to, mask_rcnn_cfg)
