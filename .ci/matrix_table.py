@@ -28,7 +28,8 @@ def write_row(cell: str, found: str, command: str, counts: str) -> None:
     counts = re.sub(r"\x1b\[\d+m|=| in .*", "", counts).strip()
     row = f"{start}{found} | `{command}` | {datetime.date.today()} | {counts} |"
     lines = PAGE.read_text().split("\n")
-    table = [i for i, line in enumerate(lines) if line.startswith("| ")]
+    first = lines.index(next(line for line in lines if line.startswith("| cell |")))
+    table = range(first, lines.index("", first))
     same = [i for i in table if lines[i].startswith(start) and f"| `{command}` |" in lines[i]]
     if same:
         lines[same[0]] = row
