@@ -53,6 +53,11 @@ try:
 
     from refbn_d2.plugin.hook import ReferenceBatchHook
 except ImportError as error:
+    if "'_C'" in str(error):
+        raise ImportError(
+            f"{_VERSION} ({detectron2.__file__}) is not compiled: install it by its guide, "
+            "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
+        ) from error
     raise ImportError(f"{_VERSION} lacks what RefBN needs: {error}. {_WAY_OUT}") from error
 
 OUR_NORMS: dict[str, type[nn.BatchNorm2d]] = {"RefBN": RefBatchNorm2d, **PEERS}  # by their names
