@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -31,6 +30,11 @@ from torch import nn
 
 from refbn_d2.config import get_cfg
 from refbn_d2.config.pretrain import get_pretrain_cfg
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # a dependency of pytest
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 PATHS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "configs/README.md")]

@@ -51,7 +51,7 @@ def _refusal(tensor: Any) -> str:
     if tensor.dtype.is_complex or tensor.dtype == torch.bool:
         return f"is {'complex' if tensor.dtype.is_complex else 'boolean'}"
     if tensor.is_floating_point():
-        numbers = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+        numbers = tensor.float() if tensor.element_size() == 1 else tensor
         if not bool(torch.isfinite(numbers).all()):
             return "has NaN or infinite values"
     return ""

@@ -30,6 +30,7 @@ from refbn_d2.checkpoint.unpickling import (
     not_a_checkpoint,
 )
 from refbn_d2.utils.errors import CheckpointError
+from refbn_d2.utils.torch_compat import itemsize_of, safe_globals, torch_version
 
 LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # begins a file of torch < 1.6
 _LEGACY_PICKLES = 5  # magic number, protocol, system, the object, the keys of its storages
@@ -42,6 +43,20 @@ _ITEMSIZES |= dict.fromkeys(("Char", "Byte", "Bool", "QInt8", "QUInt8", "Untyped
 _ITEMSIZES |= dict.fromkeys(("QUInt4x2", "QUInt2x4"), 1)
 
 
+# torch 2.6 reads these, and what else it reads older ones do too; remove with torch < 2.6.
+_HARMLESS = {"argparse.Namespace", "builtins.set", "__builtin__.set", "collections.Counter"}
+_HARMLESS |= {"torch.device", "torch.bfloat16", "torch.bool", "torch.uint8", "_codecs.encode"}
+_HARMLESS |= {"torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_qtensor"}
+
+
+def too_new(path: Path, what: str) -> CheckpointError:
+    """Return the error for a file with an object that this torch does not read; `what` names it."""
+    return CheckpointError(
+        f"{path} holds {what}, which torch reads safely since 2.6, and here is torch "
+        f"{torch.__version__}. Save only the state_dict(), or use a newer torch."
+    )
+
+
 def read_torch(path: Path, map_location: str | torch.device) -> Any:
     """Return what torch.save wrote to `path`, without running code from the file.
 
@@ -51,7 +66,7 @@ def read_torch(path: Path, map_location: str | torch.device) -> Any:
     """
     try:
         _check_sizes(path)
-        with torch.serialization.safe_globals([(Namespace, "argparse.Namespace")]):
+        with safe_globals([(Namespace, "argparse.Namespace")]):
             return torch.load(path, map_location=map_location, weights_only=True)
     except CheckpointError:
         raise
@@ -61,7 +76,9 @@ def read_torch(path: Path, map_location: str | torch.device) -> Any:
         raise declares_too_much(path, str(oversized)) from None
     except Exception as error:  # the content decides: unpickling, zip or runtime errors
         text = str(error)
-        if code := re.search(r"GLOBAL (\S+)", text):
+        if code := re.search(r"(?:GLOBAL|Unsupported class) (\S+)", text):
+            if torch_version() < (2, 6) and code[1] in _HARMLESS:
+                raise too_new(path, code[1]) from error
             raise holds_code(path, code[1]) from error
         raise not_a_checkpoint(path, text) from error
 
@@ -161,7 +178,7 @@ class _Sizes(pickle.Unpickler):
         self, storage: _Storage, offset: int, size: tuple, stride: tuple,
         requires_grad: Any, hooks: Any, dtype: Name, *more: Any,
     ) -> _Anything:  # fmt: skip
-        itemsize = getattr(torch, dtype.name.rpartition(".")[2]).itemsize
+        itemsize = itemsize_of(getattr(torch, dtype.name.rpartition(".")[2]))
         return self._tensor(_Storage(storage.numel // itemsize, itemsize), offset, size, stride)
 
     def _tensor(

@@ -9,6 +9,10 @@ Pixels outside the image take the value of the nearest pixel inside.
 import cv2
 import numpy as np
 
+from refbn_d2.utils.opencv import warn_of_two_packages
+
+warn_of_two_packages()
+
 
 def channels(x: np.ndarray) -> np.ndarray:
     """Return x (H, W) or (H, W, C) as (H, W, C): OpenCV drops a single channel."""

@@ -35,14 +35,15 @@ def read_image(file_name: str, format: str, image_id: Hashable = None) -> np.nda
     return rgb[:, :, ::-1] if format == "BGR" else rgb
 
 
+_Transpose = getattr(Image, "Transpose", Image)  # an enum since Pillow 9.1
 _UPRIGHT = {  # EXIF orientation -> its inverse
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: _Transpose.FLIP_LEFT_RIGHT,
+    3: _Transpose.ROTATE_180,
+    4: _Transpose.FLIP_TOP_BOTTOM,
+    5: _Transpose.TRANSPOSE,
+    6: _Transpose.ROTATE_270,
+    7: _Transpose.TRANSVERSE,
+    8: _Transpose.ROTATE_90,
 }
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 
 from refbn_d2.checkpoint.convert import Contents
 from refbn_d2.config import CfgNode
@@ -21,6 +20,7 @@ from refbn_d2.engines.torchvision.supported import check_supported
 from refbn_d2.export.verify import compare, load, model_config, resnet_config, resnet_state
 from refbn_d2.layers import fold
 from refbn_d2.utils.errors import MissingDependencyError
+from refbn_d2.utils.torch_compat import need_torch
 
 STRIDE = 32
 
@@ -73,6 +73,9 @@ def _images(n: int, rows: int, columns: int) -> Tensor:
 
 
 def _onnx(model: nn.Module, source: str) -> tuple[bytes, Program | None]:
+    need_torch(f"{source}: writing ONNX", 2, 6)
+    from torch.export import Dim  # since torch 2.1
+
     names = list(model.strides)
     try:
         import onnxscript  # noqa: F401
@@ -86,6 +89,7 @@ def _onnx(model: nn.Module, source: str) -> tuple[bytes, Program | None]:
         (_images(2, 2, 3),),
         input_names=["images"],
         output_names=names,
+        dynamo=True,  # the default since torch 2.9
         dynamic_shapes=(sizes,),
         external_data=False,
         verbose=False,

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from refbn_d2.utils.torch_compat import is_compiling
+
 GRADIENTS = ("pooled", "batch", "reference")
 REFERENCE_WEIGHT, GRADIENT, PRIOR_COUNT = 0.9, "batch", 64.0  # the defaults
 
@@ -42,7 +44,7 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     They are accumulated and returned in float32 or wider, under autocast too.
     """
     half = x.dtype in (torch.float16, torch.bfloat16)
-    if torch.compiler.is_compiling():  # plain operations, for the compiler to fuse
+    if is_compiling():  # plain operations, for the compiler to fuse
         var, mean = torch.var_mean(x.float() if half else x, dim=(0, 2, 3), correction=0)
         return mean, var
     if not half:
@@ -241,7 +243,7 @@ def ref_instance_norm(
         ValueError: x requires gradients, H W = 1 and n_0 = 0.
     """
     n, c, height, width = x.shape
-    with_kernels = x.requires_grad and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+    with_kernels = x.requires_grad and not (torch.jit.is_tracing() or is_compiling())
     if with_kernels and not x.numel():  # every parameter stays in the graph, with gradient zero
         weight, bias = in_dtype_of(ref_mean, weight, bias)
         return F.batch_norm(x, ref_mean, ref_var, weight, bias, eps=eps)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from refbn_d2.layers.functional import batch_moments, mix_moments
+from refbn_d2.utils.torch_compat import is_compiling
 
 logger = logging.getLogger(__name__)
 
@@ -127,9 +128,9 @@ class ReferenceNorm(nn.Module):
         if "ref_count" in self._buffers:  # the constructors of torch's norms call this too
             self.reset_reference()
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn, *args, **kwargs):  # torch 2.1 has added `recurse`
         mean, var, count = self.ref_mean, self.ref_var, self.ref_count
-        super()._apply(fn, recurse)
+        super()._apply(fn, *args, **kwargs)
         if _is_half(self.ref_mean):  # `.half()`: converted from the values before
             self.ref_mean = mean.to(self.ref_mean.device).float()
             self.ref_var = var.to(self.ref_var.device).float()
@@ -207,7 +208,7 @@ def in_backward() -> bool:
 
     A layer is called there only when activation checkpointing repeats a forward pass.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
     return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks for it
 

@@ -101,7 +101,7 @@ def _sign_flip(differences: np.ndarray) -> float | None:
             vectorized=True,
             n_resamples=np.inf if exact else 99_999,
             batch=2**12,
-            rng=0,
+            random_state=np.random.default_rng(0),  # named rng since SciPy 1.15
         ).pvalue
     )
 

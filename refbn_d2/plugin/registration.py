@@ -53,6 +53,11 @@ try:
 
     from refbn_d2.plugin.hook import ReferenceBatchHook
 except ImportError as error:
+    if "'_C'" in str(error):
+        raise ImportError(
+            f"{_VERSION} ({detectron2.__file__}) is not compiled: install it by its guide, "
+            "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
+        ) from error
     raise ImportError(f"{_VERSION} lacks what RefBN needs: {error}. {_WAY_OUT}") from error
 
 OUR_NORMS: dict[str, type[nn.Module]] = {  # by their names
@@ -112,7 +117,7 @@ def _check() -> None:
                 f"{what}. {_WAY_OUT}"
             )
 
-    def arguments(function: Callable) -> list[str] | None:
+    def arguments(function: Callable | None) -> list[str] | None:
         is_plain = isinstance(function, types.FunctionType) and function.__closure__ is None
         return list(inspect.signature(function).parameters) if is_plain else None
 
@@ -123,7 +128,7 @@ def _check() -> None:
             return None
 
     expect(
-        arguments(batch_norm.get_norm) == ["norm", "out_channels"],
+        arguments(getattr(batch_norm, "get_norm", None)) == ["norm", "out_channels"],
         "detectron2.layers.get_norm to be a function get_norm(norm, out_channels)",
     )
     for norm in OUR_NORMS:
@@ -133,7 +138,7 @@ def _check() -> None:
         'detectron2.layers.get_norm("BN", channels) to be a BatchNorm2d',
     )
     expect(
-        arguments(build.build_model) == ["cfg"],
+        arguments(getattr(build, "build_model", None)) == ["cfg"],
         "detectron2.modeling.build_model to be a function build_model(cfg)",
     )
     expect(
@@ -148,7 +153,7 @@ def _check() -> None:
         "RetinaNetHead to be @configurable, and to take input_shape and norm",
     )
     expect(
-        list(inspect.signature(TrainerBase.register_hooks).parameters) == ["self", "hooks"],
+        arguments(getattr(TrainerBase, "register_hooks", None)) == ["self", "hooks"],
         "TrainerBase to have a method register_hooks(hooks)",
     )
 

@@ -35,6 +35,7 @@ from refbn_d2.training.loop import TrainingLoop
 from refbn_d2.training.output_dir import last_checkpoint, last_checkpoint_name
 from refbn_d2.utils import distributed
 from refbn_d2.utils.random_state import seed_everything, seed_of_run
+from refbn_d2.utils.torch_compat import grad_scaler
 
 logger = logging.getLogger(__name__)
 
@@ -146,9 +147,7 @@ class Trainer(TrainingLoop):
             model=model,
             loader=loader,
             optimizer=optimizer,
-            scaler=torch.amp.GradScaler(
-                cfg.MODEL.DEVICE, enabled=amp.ENABLED and amp.DTYPE == "float16"
-            ),
+            scaler=grad_scaler(cfg.MODEL.DEVICE, enabled=amp.ENABLED and amp.DTYPE == "float16"),
             reference=reference,
             seed=seed,
             start_iteration=start,

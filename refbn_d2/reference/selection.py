@@ -88,8 +88,9 @@ def _bytes_of(value: Any) -> bytes:
     if isinstance(value, Tensor):
         content = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
         return f"{value.dtype}{tuple(value.shape)}".encode() + content
-    if hasattr(value, "__array_interface__") and not isinstance(value, np.generic):
-        array = np.asarray(value)  # of numpy, or a picture of PIL
+    is_array = hasattr(value, "__array_interface__") or hasattr(value, "__array__")
+    if is_array and not isinstance(value, np.generic):  # PIL's pictures have one or the other
+        array = np.asarray(value)
         if not array.dtype.hasobject:
             return f"{array.dtype}{array.shape}".encode() + array.tobytes()
         value = array.tolist()

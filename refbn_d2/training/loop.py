@@ -26,6 +26,7 @@ from refbn_d2.utils import distributed
 from refbn_d2.utils.device import keep_freed_memory
 from refbn_d2.utils.errors import DataError, DivergedError
 from refbn_d2.utils.file_io import remove_unfinished, write_text
+from refbn_d2.utils.torch_compat import GradScaler, get_total_norm
 from refbn_d2.visualization.curves import plot_curves
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class TrainingLoop(ABC):
         model: nn.Module,
         loader: Iterable,
         optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
+        scaler: GradScaler,
         reference: ReferenceBatch | None,
         seed: int,
         start_iteration: int,
@@ -253,4 +254,4 @@ def _gradient_norm(model: nn.Module) -> Tensor:
     It is also infinite for gradients above 1e19, whose squares overflow. torch computes it by a
     fused kernel.
     """
-    return nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+    return get_total_norm(p.grad for p in model.parameters() if p.grad is not None)

@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from refbn_d2.utils.errors import ConfigError, RefBNError, WorkerKilledError
+from refbn_d2.utils.torch_compat import join
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def launch(
         for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        while not context.join(grace_period=GRACE):
+        while not join(context, grace_period=GRACE):
             pass
     except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
         if not errors.empty():

@@ -1,6 +1,7 @@
 import os
 import pickle
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -160,7 +161,8 @@ def test_caffe2_is_refused_with_the_way_out(tmp_path, data):
 
 
 def test_torchscript_is_refused(tmp_path):
-    with pytest.warns(Warning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # new versions: TorchScript is deprecated
         torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="a.pt is a TorchScript"):
         load_checkpoint(tmp_path / "a.pt")

@@ -11,6 +11,7 @@ from torch import nn
 
 from refbn_d2.checkpoint.files import load_checkpoint
 from refbn_d2.utils.errors import CheckpointError
+from tests.versions import needs
 
 
 class Call:
@@ -44,6 +45,7 @@ def rewritten(path, change, compression=zipfile.ZIP_STORED):
 NAMES = ["a.pth", "legacy.pth"]
 
 
+@needs("torch", 2, 6, "reading all of it")
 @pytest.mark.parametrize("name", NAMES)
 def test_everything_that_training_scripts_save_is_read(tmp_path, name):
     """The oracle is torch.load."""
@@ -196,7 +198,11 @@ def test_an_ordered_dict_cannot_hide_its_methods(tmp_path, name):
         (torch.ones(2, device="meta"), "w has no values .it is on the meta device"),
         (torch.ones(2, 2).to_sparse(), "w is sparse"),
         (torch.ones(2, 2).to_sparse_csr(), "w is sparse"),
-        (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "w is quantized"),
+        pytest.param(
+            torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+            "w is quantized",
+            marks=needs("torch", 2, 6, "reading it"),
+        ),
         (torch.ones(2, dtype=torch.complex64), "w is complex"),
         (torch.ones(2, dtype=torch.bool), "w is boolean"),
         (torch.tensor([1, float("nan")]), "w has NaN or infinite values"),

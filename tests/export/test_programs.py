@@ -11,6 +11,10 @@ from refbn_d2.export import programs as module
 from refbn_d2.export.programs import export
 from refbn_d2.layers import RefInstanceNorm2d, convert_to_refbn
 from refbn_d2.utils.errors import CheckpointError
+from tests.versions import needs
+
+ONNX = pytest.param("onnx", marks=needs("torch", 2, 6, "writing ONNX"))
+PROGRAMS = [ONNX, "torchscript"]
 
 
 def backbone(resnet18):
@@ -37,7 +41,7 @@ def by_torchvision(model, images):
     return maps
 
 
-@pytest.mark.parametrize("to", ["onnx", "torchscript"])
+@pytest.mark.parametrize("to", PROGRAMS)
 @pytest.mark.parametrize("size", [(1, 64, 96), (3, 128, 32)])
 def test_the_program_computes_what_torchvisions_model_does(resnet18, to, size):
     n, height, width = size
@@ -52,7 +56,7 @@ def test_the_program_computes_what_torchvisions_model_does(resnet18, to, size):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("to", ["onnx", "torchscript"])
+@pytest.mark.parametrize("to", PROGRAMS)
 def test_refin_stays_and_takes_images_of_any_size(resnet18, to):
     """The program's weight of the reference follows the image's size."""
     before = identify({"model": resnet18.state_dict()}, "a.pth")
@@ -69,7 +73,7 @@ def test_refin_stays_and_takes_images_of_any_size(resnet18, to):
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("to", ["onnx", "torchscript"])
+@pytest.mark.parametrize("to", PROGRAMS)
 def test_no_norm_is_left_in_the_program(resnet18, to):
     data, _ = export(backbone(resnet18), to)
     if to == "torchscript":
@@ -82,7 +86,7 @@ def test_no_norm_is_left_in_the_program(resnet18, to):
         assert kinds.count("Conv") == 20 and "BatchNormalization" not in kinds
 
 
-@pytest.mark.parametrize("to", ["onnx", "torchscript"])
+@pytest.mark.parametrize("to", PROGRAMS)
 def test_a_detectors_backbone(mask_rcnn, mask_rcnn_cfg, to):
     contents = identify({"model": mask_rcnn.state_dict()}, "a.pth")
     data, table = export(contents, to, mask_rcnn_cfg)

@@ -159,7 +159,7 @@ class Both(nn.Module):
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), NormAndActivation(4)), ["1"]),
         (
             lambda: nn.Sequential(
-                nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)
+                nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)
             ),
             ["1"],
         ),

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from refbn_d2.layers.functional import GRADIENTS, batch_moments, mix_moments, ref_batch_norm
+from tests.versions import FLOAT16
 
 N, C, H, W = 6, 5, 3, 4
 EPS = 1e-3
@@ -135,7 +136,7 @@ def test_without_affine(data):
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [FLOAT16, torch.bfloat16])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_moments_of_half_precision_are_float32(dtype, channels_last):
     x = (torch.randn(8, 3, 9, 9, generator=torch.Generator().manual_seed(0)) + 30).to(dtype)

@@ -15,6 +15,7 @@ from torch import nn
 from refbn_d2.layers import Moments, Recording, RefBatchNorm2d, refbn_layers
 from refbn_d2.layers.functional import GRADIENTS
 from refbn_d2.layers.reference_norm import warn_no_reference
+from tests.versions import needs
 
 C = 6
 
@@ -220,6 +221,7 @@ def test_deepcopy_and_pickle(clone):
     assert other.weighting == "count" and other.gradient == "pooled"
 
 
+@needs("torch", 2, 5, "torch.onnx.export(dynamo=False)")
 @pytest.mark.filterwarnings("ignore")
 def test_trace_and_onnx_in_eval_mode(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")

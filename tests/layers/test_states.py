@@ -12,9 +12,11 @@ from torch import nn
 
 from refbn_d2.checkpoint.convert import _as
 from refbn_d2.layers import Moments, Recording, RefBatchNorm2d, convert_to_refbn
+from tests.versions import FLOAT16, needs
 
 C = 4
-HALF = (torch.bfloat16, torch.float16)
+ASSIGN = needs("torch", 2, 1, "load_state_dict(assign=True)")
+HALF = (torch.bfloat16, FLOAT16)
 
 
 def batch(seed, n=4, dtype=torch.float32):
@@ -43,6 +45,7 @@ def assert_new(layer):
     assert layer.ref_count == batch(3).numel() // C
 
 
+@ASSIGN
 def test_assigned_statistics_and_reference_are_separate():
     layer = RefBatchNorm2d(C)
     layer.load_state_dict(trained_bn().state_dict(), assign=True)
@@ -52,6 +55,7 @@ def test_assigned_statistics_and_reference_are_separate():
     assert not torch.equal(layer.running_mean, reference[0])
 
 
+@ASSIGN
 def test_a_file_with_one_tensor_for_both_is_separated(tmp_path):
     state = trained_bn().state_dict()
     state |= {"ref_mean": state["running_mean"], "ref_var": state["running_var"]}
@@ -62,6 +66,7 @@ def test_a_file_with_one_tensor_for_both_is_separated(tmp_path):
     assert layer.ref_var.data_ptr() != layer.running_var.data_ptr()
 
 
+@ASSIGN
 def test_assigned_onto_the_meta_device():
     with torch.device("meta"):
         layer = RefBatchNorm2d(C)
@@ -153,6 +158,7 @@ def test_capture_and_slice_in_half_precision(dtype):
     assert len(layer(batch(3, 0, dtype))) == 0  # no RoIs
 
 
+@ASSIGN
 def test_the_reference_stays_float32_in_half_precision(tmp_path):
     layer = with_reference(RefBatchNorm2d(C))
     layer.ref_mean.fill_(1 + 2**-20)

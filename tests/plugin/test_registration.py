@@ -103,6 +103,23 @@ def test_another_get_norm_is_refused_whole(plugin, monkeypatch, get_norm, expect
     assert state_of_detectron2() == before
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "expected"),
+    [
+        ("detectron2.layers.batch_norm", "get_norm", r"get_norm\(norm, out_channels\)"),
+        ("detectron2.modeling.meta_arch.build", "build_model", r"build_model\(cfg\)"),
+        ("detectron2.data.build", "_train_loader_from_config", "_train_loader_from_config"),
+        ("detectron2.engine.train_loop.TrainerBase", "register_hooks", r"register_hooks\(hooks\)"),
+    ],
+)
+def test_a_detectron2_without_a_part_is_refused_whole(plugin, monkeypatch, module, name, expected):
+    plugin.unregister()
+    monkeypatch.delattr(f"{module}.{name}")
+    with pytest.raises(plugin.PluginError, match=rf"expected .*{expected}.*Use Detectron2 0.6"):
+        plugin.register()
+    assert plugin._undo == []
+
+
 def test_a_failure_half_way_leaves_nothing(plugin, monkeypatch):
     plugin.unregister()
     before = state_of_detectron2()

@@ -16,6 +16,7 @@ from refbn_d2.config import RefBNOptions
 from refbn_d2.layers import RefBatchNorm2d, refbn_layers
 from refbn_d2.reference.batch import ReferenceBatch
 from refbn_d2.reference.inputs import without_last_rows
+from tests.versions import FLOAT16, needs
 
 KEPT = RefBNOptions(
     reference_weight=None, weighting=None, gradient=None, refresh="concat", refresh_period=1,
@@ -65,7 +66,7 @@ def assert_equal(got, expected):
         assert torch.equal(got[name], value), name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT16])
 @pytest.mark.parametrize("refresh", ["static", "full", "slice", "concat"])
 def test_half_precision_modules_train(refresh, dtype):
     """Oracle: the float32 model."""
@@ -199,6 +200,7 @@ def test_capture_in_another_model_is_refused():
         reference_of(Net()).capture(other)
 
 
+@needs("torch", 2, 6, "FSDP2")
 @pytest.mark.parametrize("precision", ["policy", "module"])
 @pytest.mark.parametrize("refresh", ["slice", "concat"])
 def test_fsdp2_with_parameters_in_bfloat16(refresh, precision, free_port):

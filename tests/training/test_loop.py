@@ -19,6 +19,8 @@ from refbn_d2.training.loop import TrainingLoop
 from refbn_d2.training.main import run_training
 from refbn_d2.utils import distributed
 from refbn_d2.utils.errors import DataError, DivergedError, WorkerKilledError
+from refbn_d2.utils.torch_compat import grad_scaler
+from tests.versions import needs
 
 
 class Toy(TrainingLoop):
@@ -36,7 +38,7 @@ class Toy(TrainingLoop):
             model=model,
             loader=iter(lambda: torch.full((1, 1), 0.01), None),
             optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
-            scaler=torch.amp.GradScaler("cpu", init_scale=4.0, enabled=scaler),
+            scaler=grad_scaler("cpu", scaler, init_scale=4.0),
             reference=None,
             seed=0,
             **settings | schedule,
@@ -113,6 +115,7 @@ def test_an_infinite_gradient_of_a_finite_loss_stops_before_the_weights_change(
     assert toy.happened[-1] == "step 3"
 
 
+@needs("torch", 2, 3, "a gradient scaler on the CPU")
 def test_a_gradient_scaler_leaves_out_a_step_that_overflows(tmp_path, monkeypatch):
     """float16 overflows in its first steps, until the scale fits; the run must not stop."""
     monkeypatch.setattr(Toy, "loss", infinite_gradient)

@@ -31,8 +31,10 @@ logger = logging.getLogger(__name__)
 
 GENERATOR = "refbn_d2.data.shapes"
 VERSION = "1"  # raise it with every change of a pixel or annotation: folders on disk are remade
-_PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
+_PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1]
 _PNG += [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]  # a third faster, a sixth larger
+if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # remove the condition with OpenCV < 4.12: same pixels
+    _PNG += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
 
 
 def domain_of(file_name: str) -> str | None:

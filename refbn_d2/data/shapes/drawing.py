@@ -17,12 +17,16 @@ kind, split, index). Sines are rounded before use. A test compares the pixels wi
 
 import logging
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
+from refbn_d2.utils.opencv import warn_of_two_packages
+
 logger = logging.getLogger(__name__)
+
+warn_of_two_packages()
 
 SPLITS = ("train", "val")
 DOMAINS = ("plain", "lighting", "palette", "blur", "noise", "contrast", "inverted")
@@ -179,9 +183,15 @@ def _contrasting(rng: np.random.Generator, others: list[np.ndarray]) -> np.ndarr
     return draws[np.minimum(nearest, 3 * 64).argmax()]  # the first draw that is far enough
 
 
+# OpenCV < 4.11 has no other path; remove the condition with it.
+_ACCURATE: dict[str, Any] = (
+    {"hint": cv2.ALGO_HINT_ACCURATE} if hasattr(cv2, "ALGO_HINT_ACCURATE") else {}
+)
+
+
 def _smooth(image: np.ndarray, size: int) -> np.ndarray:
     """Blur by a Gaussian, `size` pixels wide, on OpenCV's bit-exact path."""
-    return cv2.GaussianBlur(image, (size, size), 0, hint=cv2.ALGO_HINT_ACCURATE)
+    return cv2.GaussianBlur(image, (size, size), 0, **_ACCURATE)
 
 
 def _background(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -34,6 +34,7 @@ from refbn_d2.training.output_dir import last_checkpoint
 from refbn_d2.utils import distributed
 from refbn_d2.utils.errors import ConfigError, DivergedError
 from refbn_d2.utils.random_state import seed_everything, seed_of_run
+from refbn_d2.utils.torch_compat import grad_scaler
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ class Trainer(TrainingLoop):
             model=model,
             loader=loader,
             optimizer=optimizer,
-            scaler=torch.amp.GradScaler(device, enabled=amp and half == torch.float16),
+            scaler=grad_scaler(device, enabled=amp and half == torch.float16),
             reference=reference,
             seed=seed,
             start_iteration=start,

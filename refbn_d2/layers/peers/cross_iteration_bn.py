@@ -21,6 +21,7 @@ from torch.nn.grad import conv2d_weight
 from refbn_d2.layers.functional import batch_moments, ref_batch_norm
 from refbn_d2.layers.peers.base import PeerBatchNorm2d, check_steps
 from refbn_d2.layers.peers.linking import LinkError, preceding_convolutions
+from refbn_d2.utils.torch_compat import register_forward_hook
 
 
 class PastMoments(NamedTuple):
@@ -216,7 +217,7 @@ def link_cbn(model: nn.Module) -> None:
         norm.slot = name
     if pairs and _begin_pass not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_begin_pass)
-        model.register_forward_hook(_end_pass, always_call=True)
+        register_forward_hook(model, _end_pass, always_call=True)
 
 
 def _begin_pass(model: nn.Module, inputs: tuple) -> None:

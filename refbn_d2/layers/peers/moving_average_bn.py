@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from refbn_d2.layers.functional import batch_moments
 from refbn_d2.layers.peers.base import PeerBatchNorm2d, check_steps
 from refbn_d2.layers.peers.linking import LinkError, preceding_convolutions
+from refbn_d2.utils.torch_compat import register_forward_hook
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +197,7 @@ def link_mabn(model: nn.Module) -> None:
     for name, (norm, conv) in pairs.items():
         if norm.slot is None:
             conv.register_forward_pre_hook(_shadow_weight)
-            conv.register_forward_hook(_unshadow_weight, always_call=True)
+            register_forward_hook(conv, _unshadow_weight, always_call=True)
             conv.register_state_dict_pre_hook(_centralize_in_place)
             _centralize_in_place(conv)
         norm.slot = name

@@ -197,7 +197,7 @@ def shared_weight():
 
 def computed_weight():
     """Beside it a single parameter is None: the convolution's bias."""
-    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(C, C, 1, bias=False))
+    conv = nn.utils.parametrizations.spectral_norm(nn.Conv2d(C, C, 1, bias=False))
     return nn.Sequential(conv, CrossIterationBatchNorm2d(C))
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from refbn_d2.layers.peers import BatchRenorm2d, LinkError, MovingAverageBatchNorm2d, link_mabn
+from tests.versions import needs
 
 C_IN, C = 4, 6
 
@@ -112,6 +113,12 @@ def test_the_convolution_before_it_is_centralized_gradient_included():
     torch.testing.assert_close(got, correct)
     torch.testing.assert_close(got.sum((1, 2, 3)), torch.zeros(C).double(), atol=1e-9, rtol=0)
     assert net[0].weight is weight and "weight" not in net[0].__dict__
+
+
+@needs("torch", 2, 1, "register_forward_hook(always_call=True)")
+def test_the_weight_is_itself_again_after_a_failure():
+    net, x = conv_and_mabn(), batch(0)
+    weight = net[0].weight
     with pytest.raises(RuntimeError):
         net[0](x[:, :2])
     assert net[0].weight is weight and "weight" not in net[0].__dict__

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from refbn_d2.layers.peers import PEERS, link_cbn, link_mabn, peer_options, prepare_peers
+from tests.versions import FLOAT16
 
 C_IN, C = 3, 6
 
@@ -97,7 +98,7 @@ def test_an_empty_batch_passes_with_zero_gradients(net):
     net(batch(9))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT16])
 def test_under_autocast_statistics_are_float32(net, dtype):
     reference = train(copy.deepcopy(net))
     optimizer = torch.optim.SGD(net.parameters(), 0.05)

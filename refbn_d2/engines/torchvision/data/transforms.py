@@ -22,10 +22,10 @@ class Resize:
     new_w: int
 
     def picture(self, picture: np.ndarray) -> np.ndarray:
-        return self._resample(picture, Image.Resampling.BILINEAR)
+        return self._resample(picture, Image.BILINEAR)
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
-        return self._resample(mask, Image.Resampling.NEAREST)
+        return self._resample(mask, Image.NEAREST)
 
     def _resample(self, array, method):
         if (self.h, self.w) == (self.new_h, self.new_w):

@@ -63,7 +63,7 @@ def rng(seed=0):
 
 def test_test_sample(dataset_dict):
     sample = Mapper(config(), is_train=False)(dataset_dict)
-    picture = Image.open(dataset_dict["file_name"]).resize((168, 120), Image.Resampling.BILINEAR)
+    picture = Image.open(dataset_dict["file_name"]).resize((168, 120), Image.BILINEAR)
     want = np.asarray(picture)[:, :, ::-1].transpose(2, 0, 1)
     assert sample["image"].dtype == torch.uint8 and sample["image"].is_contiguous()
     np.testing.assert_array_equal(sample["image"].numpy(), want)

@@ -57,9 +57,9 @@ def area(xy):
 
 def test_resize_is_pils():
     resize = Resize(30, 47, 45, 70)
-    want = Image.fromarray(PICTURE).resize((70, 45), Image.Resampling.BILINEAR)
+    want = Image.fromarray(PICTURE).resize((70, 45), Image.BILINEAR)
     np.testing.assert_array_equal(resize.picture(PICTURE), np.asarray(want))
-    want = Image.fromarray(MASK).resize((70, 45), Image.Resampling.NEAREST)
+    want = Image.fromarray(MASK).resize((70, 45), Image.NEAREST)
     np.testing.assert_array_equal(resize.mask(MASK), np.asarray(want))
     np.testing.assert_allclose(resize.points(np.array([[47.0, 30.0], [0, 0]])), [[70, 45], [0, 0]])
 
