@@ -15,8 +15,8 @@ def test_no_file_is_over_400_lines():
     assert [path.relative_to(ROOT).as_posix() for path in long] == []
 
 
-def test_only_init_and_env_stand_beside_the_folders():
-    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "env.py"}
+def test_only_init_and_the_env_modules_stand_beside_the_folders():
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "env.py", "env_info.py"}
 
 
 def has_code(init):

@@ -20,7 +20,7 @@ from refbn_d2.engines.torchvision.modeling.backbone import build_backbone
 from refbn_d2.engines.torchvision.supported import check_supported
 from refbn_d2.export.verify import compare, load, model_config, resnet_config, resnet_state
 from refbn_d2.layers import fold
-from refbn_d2.utils.errors import MissingDependencyError
+from refbn_d2.utils.extras import needs
 
 STRIDE = 32
 
@@ -74,12 +74,9 @@ def _images(n: int, rows: int, columns: int) -> Tensor:
 
 def _onnx(model: nn.Module, source: str) -> tuple[bytes, Program | None]:
     names = list(model.strides)
-    try:
+    with needs("onnx"):  # torch.onnx.export needs both
+        import onnx  # noqa: F401
         import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{source}: two packages that write ONNX are missing: `pip install onnx onnxscript`."
-        ) from error
     sizes = {0: Dim("n"), 2: STRIDE * Dim("h"), 3: STRIDE * Dim("w")}
     program = torch.onnx.export(
         model,

@@ -6,7 +6,8 @@ from functools import cache
 from pathlib import Path
 
 # These folders do not change the numbers of a run. In this folder, only these files do.
-_NO_NUMBERS = ("visualization", "export")
+_NO_NUMBERS = ("visualization", "export", "quickstart", "env_info.py")
+_NO_NUMBERS += ("configs",)  # in a wheel; the recipe of a run holds their values
 _NUMBERS_HERE = ("classification.py", "data.py", "evaluation.py")
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from refbn_d2.data.names import DOMAINS
 from refbn_d2.data.shapes.dataset import encode_png, make_classification, make_detection, scenes
-from refbn_d2.data.shapes.drawing import CLASSES, DOMAINS, Scene, polygons
+from refbn_d2.data.shapes.drawing import CLASSES, Scene, polygons
 from refbn_d2.utils.errors import ConfigError
 from refbn_d2.utils.file_io import write_bytes
 

@@ -22,10 +22,9 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-logger = logging.getLogger(__name__)
+from refbn_d2.data.names import DOMAINS, SPLITS
 
-SPLITS = ("train", "val")
-DOMAINS = ("plain", "lighting", "palette", "blur", "noise", "contrast", "inverted")
+logger = logging.getLogger(__name__)
 
 MAX_OBJECTS = 7
 TILT = 20  # degrees to either side
