@@ -3,9 +3,11 @@
 A part that fails shows its error, and the rest is printed all the same.
 """
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import os
 import platform
 import sys
@@ -103,7 +105,9 @@ def _plugin() -> Iterator[Line]:
 def _engine() -> Iterator[Line]:
     from refbn_d2.engines.select import select_engine
 
-    yield "--engine auto takes", select_engine("auto").__name__.rpartition(".")[2]
+    with contextlib.redirect_stderr(io.StringIO()) as said:  # the choice, and why
+        select_engine("auto")
+    yield "--engine auto", said.getvalue().splitlines()[-1]
 
 
 def _collect_env() -> str:
