@@ -24,7 +24,7 @@ def has_code(init):
     for node in ast.parse(init).body:
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         is_dunder = isinstance(node, ast.Assign) and ast.unparse(node).startswith("__")
-        is_registration = ast.unparse(node) == "register_if_installed()"  # in refbn_d2/__init__.py
+        is_registration = ast.unparse(node) == "register_with_detectron2()"  # of refbn_d2
         is_import = isinstance(node, ast.Import | ast.ImportFrom)
         if not (is_import or is_docstring or is_dunder or is_registration):
             return True

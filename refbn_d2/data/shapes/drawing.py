@@ -19,10 +19,13 @@ import logging
 import math
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
 from refbn_d2.data.names import DOMAINS, SPLITS
+from refbn_d2.utils.extras import needs
+
+with needs("train"):
+    import cv2
 
 logger = logging.getLogger(__name__)
 
