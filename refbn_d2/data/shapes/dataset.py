@@ -140,7 +140,11 @@ def _is_made(target: Path, info: dict) -> bool:
         except FileNotFoundError:
             if not target.is_dir() or not os.listdir(target):
                 return False
-        except (ValueError, NotADirectoryError):
+        except NotADirectoryError:
+            if not target.exists():  # the folder of data sets is itself a file
+                return False
+            break
+        except ValueError:
             break
     way = "or choose another root (--root or the environment's DETECTRON2_DATASETS)"
     if not isinstance(found, dict) or found.get("generator") != GENERATOR:
