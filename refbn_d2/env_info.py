@@ -3,6 +3,7 @@
 A part that fails shows its error, and the rest is printed all the same.
 """
 
+import argparse
 import contextlib
 import importlib
 import importlib.metadata
@@ -123,6 +124,7 @@ def _collect_env() -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()  # for --help
     print(env_info())
 
 

@@ -24,7 +24,7 @@ CONFIGS = {
 }
 TINY = [
     "--pretrain", "SOLVER.EPOCHS 1 INPUT.SIZE 32 INPUT.SIZE_TEST 32 SOLVER.IMS_PER_BATCH 512",
-    "--finetune", "SOLVER.MAX_ITER 2 SOLVER.IMS_PER_BATCH 2 MODEL.DEVICE cpu",
+    "--finetune", "SOLVER.MAX_ITER 2 SOLVER.IMS_PER_BATCH 2 DATASETS.TEST \"('shapes_val_noise',)\"",
 ]  # fmt: skip
 
 
