@@ -1,5 +1,6 @@
 """The sdist and the wheel: what they hold, and that they work outside a checkout."""
 
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,8 @@ import pytest
 pytest.importorskip("setuptools", reason="setuptools builds the wheel")
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SCRIPTS = PROJECT["scripts"]
 CONFIGS = {
     path.relative_to(ROOT / "configs").as_posix()
     for suffix in ("yaml", "py")
@@ -24,7 +26,8 @@ CONFIGS = {
 }
 TINY = [
     "--pretrain", "SOLVER.EPOCHS 1 INPUT.SIZE 32 INPUT.SIZE_TEST 32 SOLVER.IMS_PER_BATCH 512",
-    "--finetune", "SOLVER.MAX_ITER 2 SOLVER.IMS_PER_BATCH 2 DATASETS.TEST \"('shapes_val_noise',)\"",
+    "--finetune",
+    "SOLVER.MAX_ITER 2 SOLVER.IMS_PER_BATCH 2 DATASETS.TEST \"('shapes_val_noise',)\"",
 ]  # fmt: skip
 
 
@@ -123,6 +126,29 @@ def test_the_sdist_holds_what_a_build_needs(built):
         names = {name.partition("/")[2] for name in file.getnames()}
     assert {"pyproject.toml", "setup.py", "README.md", "LICENSE"} <= names
     assert {f"configs/{name}" for name in CONFIGS} <= names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_environment_with_the_oldest_packages_keeps_them(built, tmp_path, is_there):
+    """It has pip, and in name the oldest packages that pyproject.toml allows."""
+    python(sys.executable, "-m", "venv", str(tmp_path / "venv"), cwd=tmp_path)
+    [site] = (tmp_path / "venv/lib").glob("*/site-packages")
+    for requirement in PROJECT["dependencies"][0 if is_there else 1 :]:
+        name, version = re.match(r"([\w-]+)>=([\w.]+)", requirement).groups()
+        info = site / f"{name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    command = ["-m", "pip", "install", "-q", "--no-index", "--dry-run", "--report", "-"]
+    done = subprocess.run(
+        [tmp_path / "venv/bin/python", *command, built[1]], cwd=tmp_path, text=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, capture_output=True,
+    )  # fmt: skip
+    if is_there:
+        installed = [item["metadata"]["name"] for item in json.loads(done.stdout)["install"]]
+        assert installed == ["refbn_d2"], done.stderr
+    else:
+        assert done.returncode and "torch" in done.stderr
 
 
 @pytest.mark.slow

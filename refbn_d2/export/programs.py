@@ -73,10 +73,10 @@ def _images(n: int, rows: int, columns: int) -> Tensor:
 
 
 def _onnx(model: nn.Module, source: str) -> tuple[bytes, Program | None]:
-    names = list(model.strides)
     with needs("onnx"):  # torch.onnx.export needs both
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
+    names = list(model.strides)
     sizes = {0: Dim("n"), 2: STRIDE * Dim("h"), 3: STRIDE * Dim("w")}
     program = torch.onnx.export(
         model,
