@@ -43,7 +43,7 @@ def export(contents: Contents, to: str, cfg: CfgNode | None = None) -> tuple[byt
     model = _backbone(contents, cfg)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated
-        data, run = (_onnx if to == "onnx" else _torchscript)(fold(model), contents.source)
+        data, run = (_onnx if to == "onnx" else _torchscript)(fold(model))
         if run is None:
             return data, "not verified, because onnxruntime is not installed"
         images = _images(1, 4, 5)  # another size and number than the program was made with
@@ -72,7 +72,7 @@ def _images(n: int, rows: int, columns: int) -> Tensor:
     return torch.randn(n, 3, rows * STRIDE, columns * STRIDE, generator=generator)
 
 
-def _onnx(model: nn.Module, source: str) -> tuple[bytes, Program | None]:
+def _onnx(model: nn.Module) -> tuple[bytes, Program | None]:
     with needs("onnx"):  # torch.onnx.export needs both
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -101,7 +101,7 @@ def _onnx(model: nn.Module, source: str) -> tuple[bytes, Program | None]:
     return data, run
 
 
-def _torchscript(model: nn.Module, source: str) -> tuple[bytes, Program]:
+def _torchscript(model: nn.Module) -> tuple[bytes, Program]:
     file = io.BytesIO()
     torch.jit.save(torch.jit.trace(model, _images(2, 2, 3), strict=False), file)
     file.seek(0)

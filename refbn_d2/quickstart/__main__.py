@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 from refbn_d2.utils.arguments import run_or_exit
+from refbn_d2.utils.extras import require
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,8 +25,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    import refbn_d2.engines.torchvision
-    import refbn_d2.pretrain.main  # noqa: F401  what the steps need is missed now, not after some
+    # What the last steps need is missed now, not after the first.
+    require("quickstart", "torchvision", "pycocotools", "cv2", "timm", "tensorboard")
     from refbn_d2.quickstart.steps import run, steps, write_report
 
     changes = {what: shlex.split(getattr(args, what)) for what in ("pretrain", "finetune")}

@@ -1,5 +1,6 @@
 """Name the pip command when an optional package is missing: `pip install "refbn_d2[train]"`."""
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,9 +29,7 @@ def needs(extra: str) -> Iterator[None]:
         module = (error.name or "").partition(".")[0]
         if module not in OPTIONAL:
             raise
-        raise MissingDependencyError(
-            f'{module} is not installed: pip install "refbn_d2[{extra}]"'
-        ) from error
+        raise _missing(module, extra) from error
     except ImportError as error:
         module = (error.name or "").partition(".")[0]
         if isinstance(error, MissingDependencyError) or module not in OPTIONAL:
@@ -46,3 +45,18 @@ def needs(extra: str) -> Iterator[None]:
             f"torchvision does not match torch ({error}): install the two of one release with one "
             "command, pip install --upgrade torch torchvision"
         ) from error
+
+
+def require(extra: str, *modules: str) -> None:
+    """Check that modules are installed, without their import: for the commands that start others.
+
+    Raises:
+        MissingDependencyError: one of them is missing.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise _missing(module, extra)
+
+
+def _missing(module: str, extra: str) -> MissingDependencyError:
+    return MissingDependencyError(f'{module} is not installed: pip install "refbn_d2[{extra}]"')
