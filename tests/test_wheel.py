@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+import refbn_d2
+from refbn_d2.study.fingerprint import code_hash
+
 pytest.importorskip("setuptools", reason="setuptools builds the wheel")
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +72,8 @@ def installed(built, tmp_path_factory):
 
 
 def test_the_wheel_holds_the_package_and_each_config(installed):
-    assert {path.name for path in installed.iterdir()} == {"refbn_d2", "refbn_d2-0.1.0.dist-info"}
+    info = f"refbn_d2-{refbn_d2.__version__}.dist-info"
+    assert {path.name for path in installed.iterdir()} == {"refbn_d2", info}
     package = installed / "refbn_d2"
     files = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
     source = {
@@ -103,14 +107,17 @@ def test_each_console_command_resolves(installed, tmp_path):
     code = """
 from importlib.metadata import distribution
 import refbn_d2
+from refbn_d2.study.fingerprint import code_hash
 print(refbn_d2.__file__)
+print(code_hash())
 for entry in distribution("refbn_d2").entry_points:
     print(entry.name, callable(entry.load()))
 """
-    place, *entries = python(
+    place, fingerprint, *entries = python(
         sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)
     ).splitlines()
     assert place.startswith(str(installed))
+    assert fingerprint == code_hash()  # results of a wheel and of a checkout go together
     assert sorted(entries) == sorted(f"{name} True" for name in SCRIPTS)
 
 
