@@ -25,7 +25,12 @@ COMMANDS = [  # module that has main(), its arguments, its extra, what it import
     ("export.__main__", "a.pth b.pkl --to detectron2", "train", ["torchvision", "cv2"]),
     ("study.__main__", "--study x", "study", ["cv2", "PIL", "matplotlib", "scipy", "jinja2"]),
     ("study.benchmark", "", "train", ["tqdm"]),
-    ("quickstart.__main__", "", "quickstart", [*TRAIN[:-1], "tensorboard", "timm", "jinja2"]),
+    (  # the quote ends it early if nothing is missed
+        "quickstart.__main__",
+        "--pretrain '",
+        "quickstart",
+        [*TRAIN[:-1], "tensorboard", "timm", "jinja2"],
+    ),
 ]
 FUNCTIONS = [  # code, its extra, what it imports of that
     ("from refbn_d2.data import nuclei", "train", ["cv2", "pycocotools", "tqdm"]),
