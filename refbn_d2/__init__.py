@@ -1,10 +1,10 @@
 """Reference batch normalization for detection and segmentation.
 
-Importing it registers "RefBN" with Detectron2, where that is installed.
+Importing it registers "RefBN" with Detectron2, if that is imported before or after.
 """
 
 from refbn_d2.config import RefBNOptions
-from refbn_d2.env import register_if_installed
+from refbn_d2.env import register_with_detectron2
 from refbn_d2.layers import RefBatchNorm2d, convert_from_refbn, convert_to_refbn, fold
 from refbn_d2.reference import ReferenceBatch
 
@@ -18,4 +18,4 @@ __all__ = [
     "fold",
 ]
 
-register_if_installed()
+register_with_detectron2()

@@ -30,16 +30,14 @@ from torch import nn
 
 from refbn_d2.config import get_cfg
 from refbn_d2.config.pretrain import get_pretrain_cfg
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # a dependency of pytest
-    import tomli as tomllib
+from tests.versions import tomllib
 
 ROOT = Path(__file__).parents[1]
 PATHS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "configs/README.md")]
 PATHS += sorted((ROOT / "docs").rglob("*.md"))
 CONFIGS = {"train_net.py": get_cfg, "pretrain_imagenet.py": get_pretrain_cfg}
+CONFIGS |= {"refbn-train": get_cfg, "refbn-pretrain": get_pretrain_cfg}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 # ---- bash
@@ -108,6 +106,14 @@ def check_config(cfg, config_file: str, opts: list[str]) -> None:
     cfg.merge_from_list(opts)
 
 
+def check_console(env: dict[str, str], argv: list[str]) -> None:
+    """A console command of this package, which runs a main() of it."""
+    module, _, name = PROJECT["scripts"][argv[0]].partition(":")
+    args = parse(getattr(importlib.import_module(module), name), argv)
+    if argv[0] in CONFIGS:
+        check_config(CONFIGS[argv[0]](), args.config_file, args.opts)
+
+
 def check_imports(code: str) -> None:
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom):
@@ -117,12 +123,9 @@ def check_imports(code: str) -> None:
 
 def check_pip(env: dict[str, str], argv: list[str]) -> None:
     """Extras of this package are declared."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
     assert argv[1] == "install"
-    for names in re.findall(r"\.\[(.*)\]", " ".join(argv)):
-        assert set(names.split(",")) <= extras.keys(), names
+    for names in re.findall(r"(?:\.|refbn_d2)\[(.*)\]", " ".join(argv)):
+        assert set(names.split(",")) <= PROJECT["optional-dependencies"].keys(), names
 
 
 def check_pytest(env: dict[str, str], argv: list[str]) -> None:
@@ -133,6 +136,7 @@ def check_pytest(env: dict[str, str], argv: list[str]) -> None:
 
 
 CHECKS = {"python": check_python, "python3": check_python, "pip": check_pip, "pytest": check_pytest}
+CHECKS |= dict.fromkeys(PROJECT["scripts"], check_console)
 
 
 def run_bash(example) -> None:
@@ -275,6 +279,8 @@ def test_detectron2s_loop_is_the_examples():
         ("python tools/none.py", "no such file"),
         ("python -c 'from refbn_d2 import nothing'", "nothing"),
         ('pip install -e ".[nothing]"', "nothing"),
+        ("refbn-train --config-file configs/none.yaml", "none.yaml"),
+        ("refbn-pretrain --config-file CONFIG.yaml SOLVER.W 1", "SOLVER.W"),
         ("pytest -m nothing", "nothing"),
         ("for x in 1; do rm $x; done", "rm: add a check"),
         ("python 'unclosed", "unexpected EOF"),

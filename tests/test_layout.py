@@ -15,8 +15,8 @@ def test_no_file_is_over_400_lines():
     assert [path.relative_to(ROOT).as_posix() for path in long] == []
 
 
-def test_only_init_and_env_stand_beside_the_folders():
-    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "env.py"}
+def test_only_init_and_the_env_modules_stand_beside_the_folders():
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "env.py", "env_info.py"}
 
 
 def has_code(init):
@@ -24,7 +24,7 @@ def has_code(init):
     for node in ast.parse(init).body:
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         is_dunder = isinstance(node, ast.Assign) and ast.unparse(node).startswith("__")
-        is_registration = ast.unparse(node) == "register_if_installed()"  # in refbn_d2/__init__.py
+        is_registration = ast.unparse(node) == "register_with_detectron2()"  # of refbn_d2
         is_import = isinstance(node, ast.Import | ast.ImportFrom)
         if not (is_import or is_docstring or is_dunder or is_registration):
             return True

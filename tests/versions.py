@@ -2,9 +2,15 @@
 
 import importlib.metadata
 import re
+import sys
 
 import pytest
 import torch
+
+if sys.version_info >= (3, 11):
+    import tomllib  # noqa: F401
+else:  # a dependency of pytest
+    import tomli as tomllib  # noqa: F401
 
 
 def installed(package):

@@ -1,8 +1,7 @@
 #!/usr/bin/env python
 """Pretrain a classifier on ImageNet or other labeled images, and write its Detectron2 backbone."""
 
-from refbn_d2.pretrain import run
-from refbn_d2.utils.arguments import default_argument_parser, run_or_exit
+from refbn_d2.pretrain.__main__ import main
 
 if __name__ == "__main__":
-    run_or_exit(run, default_argument_parser(__doc__).parse_args())
+    main()

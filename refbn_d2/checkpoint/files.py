@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from refbn_d2.checkpoint.tensors import check_weight, to_tensor
 from refbn_d2.checkpoint.torch_files import LEGACY_MAGIC, read_torch
 from refbn_d2.checkpoint.unpickling import declares_too_much, not_a_checkpoint, read_pickle
 from refbn_d2.utils.errors import CheckpointError, listing
+from refbn_d2.utils.extras import needs
 from refbn_d2.utils.file_io import written_whole
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,8 @@ def save_checkpoint(obj: dict, path: str | os.PathLike) -> None:
 def _write_safetensors(state: dict[str, Tensor], file: BinaryIO) -> None:
     # The format has no views: each tensor gets memory of its own.
     state = {name: t.clone(memory_format=torch.contiguous_format) for name, t in state.items()}
+    with needs("train"):
+        import safetensors.torch
     file.write(safetensors.torch.save(state, {"format": "pt"}))
 
 
@@ -174,6 +176,8 @@ def _named(path: Path, data: dict, weights: dict, key: str) -> dict:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    with needs("train"):
+        import safetensors.torch
     try:
         return safetensors.torch.load_file(path)
     except Exception as error:  # a broken header can raise anything

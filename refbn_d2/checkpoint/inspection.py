@@ -1,4 +1,4 @@
-"""Describe a checkpoint file in words: `tools/convert_checkpoint.py --inspect`."""
+"""Describe a checkpoint file in words: `refbn-convert --inspect`."""
 
 import os
 import shlex
@@ -106,7 +106,7 @@ def _what_takes_it(contents: Contents, checkpoint: Mapping[str, Any], path: Path
         and (path.suffix == ".pth" or (path.suffix == ".pkl" and "__author__" in checkpoint))
         and not {"RefBN", "RefIN"} & set(contents.norms.values())
     )
-    command = f"python tools/convert_checkpoint.py {path}"
+    command = f"refbn-convert {path}"
     if detectron2:
         yield "MODEL.WEIGHTS takes it, in Detectron2 and here, with the keys below."
     else:

@@ -8,8 +8,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from refbn_d2.data import shapes
+from refbn_d2.data.names import DOMAINS, SPLITS, datasets_root
 from refbn_d2.utils.errors import ConfigError
+from refbn_d2.utils.extras import needs
 
 # name -> (image root, json), both relative to the root of the data sets
 _COCO = {
@@ -29,8 +30,8 @@ _COCO = {
 }
 _SHAPES = {
     f"shapes_{part}": (f"shapes/{split}", f"shapes/annotations/instances_{part}.json")
-    for split in shapes.SPLITS
-    for part in (split, *(f"{split}_{domain}" for domain in shapes.DOMAINS))
+    for split in SPLITS
+    for part in (split, *(f"{split}_{domain}" for domain in DOMAINS))
 }
 _BUILTIN = _COCO | _SHAPES
 SHAPES = tuple(_SHAPES)  # names of the synthetic sets, which are drawn on first use
@@ -50,7 +51,7 @@ _registered: dict[str, Dataset] = {}
 
 def _builtin(name: str) -> Dataset:
     image_root, json_file = _BUILTIN[name]
-    root = shapes.datasets_root()
+    root = datasets_root()
     return Dataset(name, root / json_file, root / image_root)
 
 
@@ -81,11 +82,14 @@ def get(name: str) -> Dataset:
 
     Raises:
         ConfigError: no data set has this name.
-        FileExistsError: there is something else in the folder of a `shapes_*` set.
+        DataError, FileExistsError: a `shapes_*` set cannot be written to the folder of data sets.
+        MissingDependencyError: a `shapes_*` set is not there yet, and OpenCV is not installed.
     """
     dataset = find(name)
     if name in SHAPES and name not in _registered:
-        shapes.ensure_detection(shapes.datasets_root())
+        with needs("train"):  # only here: the plugin reads the catalog, and works without OpenCV
+            from refbn_d2.data import shapes
+        shapes.ensure_detection(datasets_root())
     return dataset
 
 

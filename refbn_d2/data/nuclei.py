@@ -33,13 +33,16 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-import cv2
 import numpy as np
-import pycocotools.mask
-from tqdm import tqdm
 
 from refbn_d2.data.images import read_image
 from refbn_d2.utils.errors import DataError
+from refbn_d2.utils.extras import needs
+
+with needs("train"):
+    import cv2
+    import pycocotools.mask
+    from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Train or evaluate a detector from a Detectron2 config: `python -m refbn_d2.engines`."""
+"""Train or evaluate a detector from a Detectron2 config."""
 
 import argparse
 

@@ -9,17 +9,10 @@ from refbn_d2.checkpoint.inspection import config_lines
 from refbn_d2.config import CfgNode, ConfigError, get_cfg
 from refbn_d2.engines.torchvision.supported import value_of
 from refbn_d2.export.programs import export
+from refbn_d2.export.targets import TARGETS
 from refbn_d2.export.verify import verify
 from refbn_d2.utils.errors import CheckpointError
 from refbn_d2.utils.file_io import write_bytes
-
-# What can be written, and the suffixes of its files.
-TARGETS = {
-    "detectron2": (".pkl", ".pth", ".safetensors"),
-    "torchvision": (".pth", ".pt", ".safetensors"),
-    "onnx": (".onnx",),
-    "torchscript": (".pt", ".ts"),
-}
 
 
 def convert_file(

@@ -19,7 +19,7 @@ from refbn_d2.engines.torchvision.modeling.backbone import build_backbone
 from refbn_d2.engines.torchvision.supported import check_supported
 from refbn_d2.export.verify import compare, load, model_config, resnet_config, resnet_state
 from refbn_d2.layers import fold
-from refbn_d2.utils.errors import MissingDependencyError
+from refbn_d2.utils.extras import needs
 from refbn_d2.utils.torch_compat import need_torch
 
 STRIDE = 32
@@ -43,7 +43,7 @@ def export(contents: Contents, to: str, cfg: CfgNode | None = None) -> tuple[byt
     model = _backbone(contents, cfg)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated
-        data, run = (_onnx if to == "onnx" else _torchscript)(fold(model), contents.source)
+        data, run = (_onnx if to == "onnx" else _torchscript)(fold(model))
         if run is None:
             return data, "not verified, because onnxruntime is not installed"
         images = _images(1, 4, 5)  # another size and number than the program was made with
@@ -72,17 +72,14 @@ def _images(n: int, rows: int, columns: int) -> Tensor:
     return torch.randn(n, 3, rows * STRIDE, columns * STRIDE, generator=generator)
 
 
-def _onnx(model: nn.Module, source: str) -> tuple[bytes, Program | None]:
-    need_torch(f"{source}: writing ONNX", 2, 6)
+def _onnx(model: nn.Module) -> tuple[bytes, Program | None]:
+    need_torch("Writing ONNX", 2, 6)
     from torch.export import Dim  # since torch 2.1
 
-    names = list(model.strides)
-    try:
+    with needs("onnx"):  # torch.onnx.export needs both
+        import onnx  # noqa: F401
         import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{source}: two packages that write ONNX are missing: `pip install onnx onnxscript`."
-        ) from error
+    names = list(model.strides)
     sizes = {0: Dim("n"), 2: STRIDE * Dim("h"), 3: STRIDE * Dim("w")}
     program = torch.onnx.export(
         model,
@@ -108,7 +105,7 @@ def _onnx(model: nn.Module, source: str) -> tuple[bytes, Program | None]:
     return data, run
 
 
-def _torchscript(model: nn.Module, source: str) -> tuple[bytes, Program]:
+def _torchscript(model: nn.Module) -> tuple[bytes, Program]:
     file = io.BytesIO()
     torch.jit.save(torch.jit.trace(model, _images(2, 2, 3), strict=False), file)
     file.seek(0)

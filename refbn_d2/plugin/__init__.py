@@ -1,6 +1,8 @@
 """Add RefBN to Detectron2. Importing this module imports Detectron2."""
 
-from refbn_d2.plugin.registration import (  # first, because it checks Detectron2
+import detectron2  # noqa: F401  first, because after it refbn_d2.env registers RefBN
+
+from refbn_d2.plugin.registration import (  # second, because it checks Detectron2
     PluginError,
     register,
     unregister,

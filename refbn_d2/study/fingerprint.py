@@ -5,8 +5,9 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-# These folders do not change the numbers of a run. In this folder, only these files do.
-_NO_NUMBERS = ("visualization", "export")
+# These parts do not change the numbers of a run. In this folder, only these files do change them.
+# (configs/ is in a wheel only, and the recipe of a run holds their values.)
+_NO_NUMBERS = ("visualization", "export", "quickstart", "env_info.py", "configs")
 _NUMBERS_HERE = ("classification.py", "data.py", "evaluation.py")
 
 

@@ -98,7 +98,7 @@ def check_study(study: Study, folder: Path) -> None:
 
 
 def _command(study: Study, *more: str) -> list[str]:
-    return ["python", "tools/measure_generalization.py", "--study", str(study.file), *more]
+    return ["refbn-measure", "--study", str(study.file), *more]
 
 
 def rows_of(plan: Plan, earlier: Mapping[Run, list[Row]]) -> Iterable[Row]:

@@ -12,10 +12,10 @@ from typing import Any
 import yaml
 
 from refbn_d2.data.corruptions import CORRUPTIONS, SEVERITIES, SUBSET
+from refbn_d2.engines.select import ENGINES
 from refbn_d2.utils.errors import ConfigError
 
 TASKS = ("detection", "classification")
-ENGINES = ("auto", "detectron2", "torchvision")
 METRICS = {
     "detection": tuple(f"{t}/{m}" for t in ("bbox", "segm") for m in ("AP", "AP50", "AP75")),
     "classification": ("error", "loss"),

@@ -12,6 +12,7 @@ import torch
 from fvcore.common.history_buffer import HistoryBuffer
 from tqdm import tqdm
 
+from refbn_d2.utils.extras import needs
 from refbn_d2.utils.file_io import naming, write_text
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,8 @@ class EventWriter:
     """
 
     def __init__(self, output_dir: Path, start_iteration: int, max_iter: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+        with needs("train"):  # not at the top: it takes seconds
+            from torch.utils.tensorboard import SummaryWriter
 
         path = output_dir / "metrics.json"
         if start_iteration and path.exists():  # drop a line that was cut off

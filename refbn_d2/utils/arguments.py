@@ -8,13 +8,18 @@ import signal
 import sys
 from collections.abc import Callable
 
+from refbn_d2.utils.config_files import find_config_file
 from refbn_d2.utils.errors import RefBNError
+from refbn_d2.utils.extras import needs
 
 
 def default_argument_parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser of Detectron2's flags and KEY VALUE pairs; a tool can add its own flags."""
     p = argparse.ArgumentParser(description=description)
-    p.add_argument("--config-file", required=True, metavar="FILE", help="path to a config file")
+    p.add_argument(
+        "--config-file", required=True, metavar="FILE", type=find_config_file,
+        help="path of a config file, or name of a config of this package",
+    )  # fmt: skip
     p.add_argument(
         "--resume", action="store_true", help="resume from the last checkpoint in OUTPUT_DIR"
     )
@@ -31,18 +36,24 @@ def default_argument_parser(description: str | None) -> argparse.ArgumentParser:
     return p
 
 
-def run_or_exit(run: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
+def run_or_exit(
+    run: Callable[[argparse.Namespace], object], args: argparse.Namespace, extra: str = "train"
+) -> None:
     """Call `run(args)`; an error that a user can fix ends the process with one line.
 
     Its traceback goes to log.txt, if there is one. Ctrl-C ends the process with a line, by SIGINT,
     so that a shell script that called it ends too. Any other error is a bug, and is raised as it
     is.
 
+    Args:
+        extra: the extra of this package that has all that `run` imports.
+
     Raises:
         SystemExit: RefBNError or OSError was raised (1, with the line on stderr).
     """
     try:
-        run(args)
+        with needs(extra):
+            run(args)
     except KeyboardInterrupt:
         logging.getLogger("refbn_d2").debug("", exc_info=True)
         print("Interrupted.", file=sys.stderr, flush=True)

@@ -99,7 +99,7 @@ def test_a_detectors_backbone(mask_rcnn, mask_rcnn_cfg, to):
 
 
 def test_a_program_that_computes_something_else_is_an_error(resnet18, monkeypatch):
-    def halved(model, source):
+    def halved(model):
         return b"", lambda images: {name: 0.5 * y for name, y in model(images).items()}
 
     monkeypatch.setattr(module, "_torchscript", halved)

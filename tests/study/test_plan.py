@@ -121,7 +121,7 @@ def test_a_config_that_cannot_be(coco, content, written, overrides, message):
 def test_the_shipped_studies(file, monkeypatch, tmp_path):
     monkeypatch.setattr(DetectionSets, "digests", lambda self: {})
     monkeypatch.setattr(ClassificationSets, "digests", lambda self: {})
-    monkeypatch.setattr("refbn_d2.data.catalog.shapes.ensure_detection", lambda root: None)
+    monkeypatch.setattr("refbn_d2.data.shapes.ensure_detection", lambda root: None)
     study = load_study(file)
     plan = Plan(study, tmp_path, "torchvision")
     assert len(plan.runs) == len(study.seeds) * sum(len(c.norms) for c in study.conditions.values())

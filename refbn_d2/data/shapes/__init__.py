@@ -1,19 +1,16 @@
 """Draw shapes: a synthetic COCO set and an ImageFolder set, the same on every machine."""
 
+from refbn_d2.data.names import DOMAINS, SPLITS, datasets_root, domain_of
 from refbn_d2.data.shapes.dataset import (
     GENERATOR,
     VERSION,
-    datasets_root,
-    domain_of,
     ensure_detection,
     make_classification,
     make_detection,
 )
 from refbn_d2.data.shapes.drawing import (
     CLASSES,
-    DOMAINS,
     OUTLINES,
-    SPLITS,
     Scene,
     draw_classification,
     draw_detection,

@@ -9,9 +9,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from refbn_d2.data.names import DOMAINS
 from refbn_d2.data.shapes.dataset import encode_png, make_classification, make_detection, scenes
-from refbn_d2.data.shapes.drawing import CLASSES, DOMAINS, Scene, polygons
-from refbn_d2.utils.errors import ConfigError
+from refbn_d2.data.shapes.drawing import CLASSES, Scene, polygons
+from refbn_d2.utils.errors import RefBNError
 from refbn_d2.utils.file_io import write_bytes
 
 _FONT = cv2.FONT_HERSHEY_PLAIN
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     sheet = given.pop("contact_sheet", None)
     try:
         folder = make(**given)
-    except (ConfigError, FileExistsError) as error:
+    except (RefBNError, FileExistsError) as error:
         parser.error(str(error))
     sheet = sheet or folder / "contact_sheet.png"
     contact_sheet(folder, sheet)

@@ -15,16 +15,15 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from refbn_d2.data.names import DOMAINS, SPLITS, datasets_root
 from refbn_d2.data.shapes.drawing import (
     CLASSES,
-    DOMAINS,
-    SPLITS,
     Scene,
     draw_classification,
     draw_detection,
     polygons,
 )
-from refbn_d2.utils.errors import ConfigError
+from refbn_d2.utils.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +34,6 @@ _PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1]
 _PNG += [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]  # a third faster, a sixth larger
 if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # remove the condition with OpenCV < 4.12: same pixels
     _PNG += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
-
-
-def domain_of(file_name: str) -> str | None:
-    """Return the domain of a file of `make_classification`, or None for any other file."""
-    domain = Path(file_name).stem.rpartition("_")[2]
-    return domain if domain in DOMAINS else None
-
-
-def datasets_root() -> Path:
-    """Return the folder of datasets: the environment's DETECTRON2_DATASETS, else "./datasets"."""
-    return Path(os.environ.get("DETECTRON2_DATASETS") or "datasets")
 
 
 def make_detection(root=None, *, seed=0, size=128, num_train=4000, num_val=500) -> Path:
@@ -68,6 +56,7 @@ def make_detection(root=None, *, seed=0, size=128, num_train=4000, num_val=500) 
 
     Raises:
         ConfigError: a parameter is out of range.
+        DataError: `root` cannot be written to.
         FileExistsError: the folder has other files, or a set made with other parameters.
     """
     return _make("detection", root, seed, size, num_train, num_val)
@@ -87,7 +76,7 @@ def ensure_detection(root=None) -> Path:
     """Make the default COCO set under `root` unless it exists; return its folder.
 
     Raises:
-        FileExistsError: see `make_detection`.
+        DataError, FileExistsError: see `make_detection`.
     """
     return make_detection(root)
 
@@ -108,10 +97,10 @@ def _make(kind: str, root, seed: int, size, num_train: int, num_val: int) -> Pat
     target = root / folder
     if _is_made(target, info):
         return target
-    root.mkdir(parents=True, exist_ok=True)
+    own_folder = _folder_in(root, f".{folder}-")
     logger.info(f"Drawing {num_train} + {num_val} {kind} images of {size[0]}x{size[1]} pixels")
     # Every process builds in its own folder; the first to finish renames it to `target`.
-    with tempfile.TemporaryDirectory(prefix=f".{folder}-", dir=root) as own:
+    with own_folder as own:
         new = Path(own, "new")
         new.mkdir()
         (new / "info.json").write_text(json.dumps(info, indent=1))
@@ -131,6 +120,18 @@ def _make(kind: str, root, seed: int, size, num_train: int, num_val: int) -> Pat
     return target
 
 
+def _folder_in(root: Path, prefix: str) -> tempfile.TemporaryDirectory:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=prefix, dir=root)
+    except OSError as error:  # no permission, a read-only disk, a file in the way
+        raise DataError(
+            f"nothing can be written to the folder of data sets, {root.absolute()} "
+            f"({error.strerror}): set the environment variable DETECTRON2_DATASETS to a folder of "
+            "yours"
+        ) from error
+
+
 def _is_made(target: Path, info: dict) -> bool:
     """Return whether `target` holds the set of `info`; raise if it holds something else."""
     found = None
@@ -141,7 +142,11 @@ def _is_made(target: Path, info: dict) -> bool:
         except FileNotFoundError:
             if not target.is_dir() or not os.listdir(target):
                 return False
-        except (ValueError, NotADirectoryError):
+        except NotADirectoryError:
+            if not target.exists():  # the folder of data sets is itself a file
+                return False
+            break
+        except ValueError:
             break
     way = "or choose another root (--root or the environment's DETECTRON2_DATASETS)"
     if not isinstance(found, dict) or found.get("generator") != GENERATOR:

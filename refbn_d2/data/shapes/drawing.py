@@ -19,17 +19,18 @@ import logging
 import math
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 
+from refbn_d2.data.names import DOMAINS, SPLITS
+from refbn_d2.utils.extras import needs
 from refbn_d2.utils.opencv import warn_of_two_packages
+
+with needs("train"):
+    import cv2
 
 logger = logging.getLogger(__name__)
 
 warn_of_two_packages()
-
-SPLITS = ("train", "val")
-DOMAINS = ("plain", "lighting", "palette", "blur", "noise", "contrast", "inverted")
 
 MAX_OBJECTS = 7
 TILT = 20  # degrees to either side

@@ -16,9 +16,10 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from refbn_d2.config import ConfigError
-from refbn_d2.data import shapes
+from refbn_d2.data.names import datasets_root
 from refbn_d2.utils import distributed
 from refbn_d2.utils.errors import DataError
+from refbn_d2.utils.extras import needs
 
 logger = logging.getLogger(__name__)
 
@@ -183,8 +184,10 @@ def load_images(cfg, training: bool) -> ImageSets:
             another number of classes than MODEL.NUM_CLASSES.
     """
     if cfg.DATASETS.ROOT:
-        root = shapes.datasets_root() / Path(cfg.DATASETS.ROOT).expanduser()
+        root = datasets_root() / Path(cfg.DATASETS.ROOT).expanduser()
     else:
+        with needs("train"):  # only here: images of your own need no OpenCV
+            from refbn_d2.data import shapes
         if distributed.rank() == 0:
             shapes.make_classification()
         distributed.barrier()

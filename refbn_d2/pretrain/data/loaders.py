@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from refbn_d2.config import ConfigError
-from refbn_d2.data import shapes
+from refbn_d2.data.names import DOMAINS, domain_of
 from refbn_d2.data.samplers import GroupedBatchSampler, start_worker
 from refbn_d2.pretrain.data.datasets import ImageSet
 from refbn_d2.utils import distributed
@@ -176,11 +176,11 @@ def _groups(cfg, images: ImageSet) -> Sequence[Hashable]:
         return [None] * len(images)
     domains = []
     for name in images.reader.filenames():
-        domains.append(shapes.domain_of(name))
+        domains.append(domain_of(name))
         if domains[-1] is None:
             raise ConfigError(
                 f"DATALOADER.BATCH_COMPOSITION = 'domain': the name of {name} in {images.path} has "
-                f"no domain. Names must end with one, as in *_{shapes.DOMAINS[0]}.png; or use 'iid'"
+                f"no domain. Names must end with one, as in *_{DOMAINS[0]}.png; or use 'iid'"
             )
     return domains
 

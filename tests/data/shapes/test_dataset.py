@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import cv2
@@ -9,6 +11,7 @@ from pycocotools.coco import COCO
 
 from refbn_d2.data import shapes
 from refbn_d2.data.shapes import CLASSES, DOMAINS, dataset
+from refbn_d2.utils.errors import DataError
 from tests.data.shapes.helpers import SIZE, SMALL, command, files, load
 
 # ---- the COCO files
@@ -163,6 +166,28 @@ def test_other_sets_are_not_replaced(small, tmp_path):
     (tmp_path / "file" / "shapes").write_text("a file")
     with pytest.raises(FileExistsError, match="did not make it"):
         shapes.make_detection(tmp_path / "file", **SMALL)
+
+
+@pytest.mark.parametrize("make", [shapes.make_detection, shapes.make_classification])
+@pytest.mark.parametrize("missing", ["root", "permission", "folder"])
+def test_a_folder_of_data_sets_that_cannot_be_written(missing, make, tmp_path, monkeypatch):
+    root = tmp_path / "datasets"
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
+    if missing == "folder":
+        root.write_text("a file")
+    elif missing == "permission":  # root may write everywhere, so that permissions do not matter
+        root.mkdir()
+        monkeypatch.setattr(tempfile, "mkdtemp", denied)
+    else:
+        monkeypatch.setattr(Path, "mkdir", denied)
+    with pytest.raises(DataError, match=r"datasets \((Permission denied|File exists)\)") as error:
+        make()
+    assert str(root) in str(error.value) and "DETECTRON2_DATASETS to a folder" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def denied(*arguments, **options):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 # ---- classification

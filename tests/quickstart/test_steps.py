@@ -7,21 +7,23 @@ import subprocess
 import sys
 import time
 from html import unescape
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from steps import RUNS, Record, Step, run, steps, write_report
 
 from refbn_d2.config import get_cfg
+from refbn_d2.configs import get_config_file
+from refbn_d2.quickstart.steps import RUNS, Record, Step, run, steps, write_report
 
 ROOT = Path(__file__).parents[2]
 NO_CHANGES = {"pretrain": [], "finetune": []}
 
 
 @pytest.fixture
-def script(tmp_path):
+def script(tmp_path, monkeypatch):
     """Return a function that writes a script: it adds its arguments to `said`, then runs `code`."""
 
     def make(name, code="", **fields):
@@ -30,8 +32,9 @@ def script(tmp_path):
             f"import sys\nopen({str(tmp_path / 'said')!r}, 'a').write('{name} ' + "
             f"' '.join(sys.argv[1:]) + '\\n')\nprint('{name} speaks')\n{code}\n"
         )
-        return Step(name, name, "", (str(path), "KEY", "1"), 1, **fields)
+        return Step(name, name, "", ("-m", name, "KEY", "1"), 1, **fields)
 
+    monkeypatch.chdir(tmp_path)  # where `python -m` finds them
     make.said = lambda: (tmp_path / "said").read_text().splitlines()
     return make
 
@@ -40,7 +43,7 @@ def test_done_once_and_gone_on_with(tmp_path, script):
     fails_once = "import os\nmark = sys.argv[0] + '.tried'\nif not os.path.exists(mark):\n"
     fails_once += "    open(mark, 'w')\n    sys.exit(3)"
     todo = [script("first"), script("second", fails_once), script("third")]
-    with pytest.raises(ChildProcessError, match=r"'second'.* code 3.*second\.py KEY 1"):
+    with pytest.raises(ChildProcessError, match=r"'second'.* code 3.*-m second KEY 1"):
         run(tmp_path, todo)
     assert script.said() == ["first KEY 1", "second KEY 1"]
     record = run(tmp_path, todo)
@@ -128,23 +131,23 @@ def test_stopped_from_outside(tmp_path, script, stop, code, to_all, before):
     )
     step = script("training", waits)
     code_of_parent = (
-        "import sys\nfrom pathlib import Path\nsys.path.insert(0, 'tools/quickstart')\n"
-        "from steps import Step, run\n"
+        "from pathlib import Path\nfrom refbn_d2.quickstart.steps import Step, run\n"
         f"run(Path({str(tmp_path)!r}), [Step('training', '', '', {step.command!r}, 1)])"
     )
     parent = subprocess.Popen(
-        [sys.executable, "-c", code_of_parent], cwd=ROOT, start_new_session=True,
+        [sys.executable, "-c", code_of_parent], cwd=tmp_path, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, before),
     )  # fmt: skip
-    up = Path(step.command[0] + ".up")
+    up = tmp_path / "training.py.up"
     deadline = time.monotonic() + 60
     while not up.exists():
         assert parent.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     (os.killpg if to_all else os.kill)(parent.pid, stop)
     assert parent.wait(timeout=30) == code
-    assert Path(step.command[0] + ".saved").exists()
+    assert (tmp_path / "training.py.saved").exists()
     assert not json.loads((tmp_path / "steps.json").read_text())["training"]["done"]
 
 
@@ -160,16 +163,15 @@ def settings(step):
 def test_steps_build_on_each_other():
     todo = {step.name: step for step in steps("output/q", NO_CHANGES)}
     for step in todo.values():
-        if step.command[0] != "-m":
-            assert (ROOT / step.command[0]).is_file(), step
+        assert step.command[0] == "-m" and find_spec(step.command[1]), step
     for norm in ("refbn", "bn"):
         _, pretraining = settings(todo[f"pretrain_{norm}"])
-        source, weights = todo[f"convert_{norm}"].command[1:3]
+        source, weights = todo[f"convert_{norm}"].command[2:4]
         assert source == pretraining["OUTPUT_DIR"] + "/model_final.pth"
         assert settings(todo[norm])[1]["MODEL.WEIGHTS"] == weights
     assert settings(todo["scratch"])[1]["MODEL.WEIGHTS"] == ""
     assert settings(todo["scratch"])[0] == settings(todo["refbn"])[0]
-    assert todo["export"].command[1] == "output/q/refbn/model_final.pth"
+    assert todo["export"].command[2] == "output/q/refbn/model_final.pth"
 
 
 def test_detectors_differ_in_their_norm_alone():
@@ -177,7 +179,7 @@ def test_detectors_differ_in_their_norm_alone():
     for step in steps("output/q", NO_CHANGES):
         if step.name in ("refbn", "bn"):
             cfg = get_cfg()
-            cfg.merge_from_file(str(ROOT / settings(step)[0]))
+            cfg.merge_from_file(get_config_file(settings(step)[0].removeprefix("configs/")))
             cfg.OUTPUT_DIR = ""
             configs[step.name] = cfg.dump()
     assert configs["bn"] == configs["refbn"].replace("NORM: RefBN", "NORM: BN")
@@ -252,9 +254,7 @@ def test_report_needs_no_other_file(measured):
 @pytest.mark.slow
 def test_the_tool_from_end_to_end(tmp_path):
     """The whole quickstart with tiny data, killed during a fine-tuning and started again."""
-    out = (
-        tmp_path / "out"
-    )  # an absolute path stays the same when it is joined to the checkout's root
+    out = tmp_path / "out"
     command = [
         sys.executable, "tools/quickstart", "--output-dir", str(out),
         "--pretrain", "SOLVER.EPOCHS 1 INPUT.SIZE 32 INPUT.SIZE_TEST 32 SOLVER.IMS_PER_BATCH 512",
@@ -270,8 +270,8 @@ def test_the_tool_from_end_to_end(tmp_path):
     assert (out / "refbn" / "last_checkpoint").exists() and not (out / "report.html").exists()
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
-    assert "train_net.py --resume" in second.stdout
-    assert "pretrain_imagenet.py" not in second.stdout
+    assert "refbn_d2.engines --resume" in second.stdout
+    assert "refbn_d2.pretrain" not in second.stdout
     page = (out / "report.html").read_text()
     for name in RUNS:
         last = (out / name / "metrics.json").read_text().splitlines()[-1]

@@ -22,7 +22,6 @@ from refbn_d2.utils.file_io import write_text
 from refbn_d2.utils.lock import locked
 from refbn_d2.visualization.curves import compare_curves
 
-ROOT = Path(__file__).parents[2]  # of the checkout, which holds configs/ and tools/
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
@@ -43,7 +42,7 @@ def steps(out: str, changes: dict[str, list[str]]) -> list[Step]:
     """Return the steps in order.
 
     Args:
-        out: the output folder, relative to the checkout.
+        out: the output folder.
         changes: overrides of the configs, KEY VALUE ..., for "pretrain" and "finetune".
     """
     listed = [
@@ -74,7 +73,7 @@ def steps(out: str, changes: dict[str, list[str]]) -> list[Step]:
                 f"pretrain_{low}", f"Pretrain ResNet-18 with {norm}",
                 f"A classifier, from random weights. {text}",
                 (
-                    "tools/pretrain_imagenet.py",
+                    "-m", "refbn_d2.pretrain",
                     "--config-file", f"configs/pretrain/shapes_resnet18_{low}.yaml",
                     "OUTPUT_DIR", folder, *changes["pretrain"],
                 ), 14, output_dir=folder,
@@ -87,7 +86,7 @@ def steps(out: str, changes: dict[str, list[str]]) -> list[Step]:
                 "Torchvision's parameter names become Detectron2's. The same picture runs through "
                 "both models; the output lists the largest difference in each stage.",
                 (
-                    "tools/convert_checkpoint.py", f"{folder}/model_final.pth", weights,
+                    "-m", "refbn_d2.export", f"{folder}/model_final.pth", weights,
                     "--to", "detectron2", "--verify",
                 ), 1, leaves=weights,
             )
@@ -112,7 +111,7 @@ def steps(out: str, changes: dict[str, list[str]]) -> list[Step]:
             Step(
                 name, title, text,
                 (
-                    "tools/train_net.py", "--engine", "torchvision",
+                    "-m", "refbn_d2.engines", "--engine", "torchvision",
                     "--config-file", f"configs/quickstart/mask_rcnn_R_18_FPN_{norm}.yaml",
                     "MODEL.WEIGHTS", weights,
                     "OUTPUT_DIR", f"{out}/{name}", *changes["finetune"],
@@ -126,7 +125,7 @@ def steps(out: str, changes: dict[str, list[str]]) -> list[Step]:
             "In evaluation RefBN is an affine map. Converted to FrozenBN, the detector loads into "
             "a stock Detectron2 without this package and gives the same detections.",
             (
-                "tools/convert_checkpoint.py", f"{out}/refbn/model_final.pth", exported,
+                "-m", "refbn_d2.export", f"{out}/refbn/model_final.pth", exported,
                 "--to", "detectron2", "--norm", "FrozenBN", "--verify",
             ), 1, leaves=exported,
         )
@@ -207,10 +206,10 @@ class Record:
 
 def _do(step: Step, record: Record) -> None:
     command = list(step.command)
-    if step.output_dir and (ROOT / step.output_dir / "last_checkpoint").exists():
-        command.insert(1, "--resume")
+    if step.output_dir and Path(step.output_dir, "last_checkpoint").exists():
+        command.insert(2, "--resume")  # after "-m" and the module
     print(f"$ {_typed(command)}", flush=True)
-    if step.leaves and (ROOT / step.leaves).exists():  # it was killed after its last write
+    if step.leaves and Path(step.leaves).exists():  # it was killed after its last write
         record.note(step, 0.0, True, "")
         return
     start = time.time()
@@ -228,9 +227,7 @@ def _do(step: Step, record: Record) -> None:
 
 def _call(command: list[str]) -> tuple[int, str]:
     """Run `command`, show its output, and return its exit code and what it printed on stdout."""
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
     lines = []
     try:
         for line in process.stdout:
