@@ -108,7 +108,6 @@ def test_each_console_command_resolves(installed, tmp_path):
 from importlib.metadata import distribution
 import refbn_d2
 from refbn_d2.study.fingerprint import code_hash
-from tests.versions import tomllib
 print(refbn_d2.__file__)
 print(code_hash())
 for entry in distribution("refbn_d2").entry_points:
