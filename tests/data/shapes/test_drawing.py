@@ -16,7 +16,7 @@ from tests.data.shapes.helpers import SIZE
 
 @pytest.mark.skipif(
     int(cv2.__version__.partition(".")[0]) < 5,
-    reason="lines of one pixel in the background are drawn as here since OpenCV 5",
+    reason="OpenCV 5 draws lines and outlines of one pixel differently",
 )
 def test_fingerprint():
     """Compare pixels and annotations with these hashes, made on another machine.
