@@ -57,8 +57,19 @@ def detectron2_cfg(tiny_cfg):
     """`tiny_cfg` as Detectron2's own config, with this package registered."""
     config = pytest.importorskip("detectron2.config")
     cfg = config.get_cfg()
-    cfg.merge_from_other_cfg(config.CfgNode.load_cfg(tiny_cfg.dump()))
+    theirs = config.CfgNode.load_cfg(tiny_cfg.dump())
+    _drop_unknown(theirs, cfg)
+    cfg.merge_from_other_cfg(theirs)
     return cfg
+
+
+def _drop_unknown(cfg, known):
+    """Drop the keys that Detectron2 has had only since its release 0.6."""
+    for key, value in list(cfg.items()):
+        if key not in known:
+            del cfg[key]
+        elif isinstance(value, type(cfg)):
+            _drop_unknown(value, known[key])
 
 
 @pytest.fixture

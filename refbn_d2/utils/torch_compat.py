@@ -81,8 +81,8 @@ def grad_scaler(device: str, enabled: bool = True, **options) -> GradScaler:
 
 
 def get_total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Return the L2 norm of all tensors together: torch.nn.utils.get_total_norm (2.6)."""
-    if hasattr(nn.utils, "get_total_norm"):  # remove the rest with torch < 2.6
+    """Return the L2 norm of all tensors together: torch.nn.utils.get_total_norm (2.7)."""
+    if hasattr(nn.utils, "get_total_norm"):  # remove the rest with torch < 2.7
         return nn.utils.get_total_norm(tensors)
     norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.tensor(0.0)

@@ -1,6 +1,6 @@
 """RefBN in Detectron2: registered everywhere, or nowhere."""
 
-import importlib
+import importlib.util
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def plugin():
 
 
 def test_everyone_who_imported_get_norm_knows_it():
-    for name in HOLDERS:
+    for name in filter(importlib.util.find_spec, HOLDERS):  # release 0.6 has no vit
         norm = importlib.import_module(name).get_norm("RefBN", 6)
         assert type(norm) is RefBatchNorm2d and norm.num_features == 6, name
     assert type(detectron2.get_norm("BN", 6)).__name__ == "BatchNorm2d"

@@ -286,7 +286,7 @@ def draw_detection(
             whole = _fill(np.zeros((side, side), np.uint8), contours, 1, *[side * _ONE // 2] * 2)
             need = max(MIN_AREA, MIN_VISIBLE * cv2.countNonZero(whole))
             trial = _fill(owner.copy(), contours, number, x, y)
-            areas = cv2.calcHist([trial], [0], None, [number + 1], [0, number + 1])
+            areas = cv2.calcHist([trial], [0], None, [number + 1], [0, number + 1]).ravel()
             if (areas >= [*needed, need]).all():
                 break
         else:

@@ -14,6 +14,10 @@ from tests.data.shapes.helpers import SIZE
 # ---- the same on every machine
 
 
+@pytest.mark.skipif(
+    int(cv2.__version__.partition(".")[0]) < 5,
+    reason="OpenCV 5 draws lines and outlines of one pixel differently",
+)
 def test_fingerprint():
     """Compare pixels and annotations with these hashes, made on another machine.
 
