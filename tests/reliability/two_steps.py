@@ -3,17 +3,13 @@
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools/quickstart"))
-
-from steps import Step, run  # noqa: E402
-
-from refbn_d2.utils.arguments import run_or_exit  # noqa: E402
+from refbn_d2.quickstart.steps import Step, run
+from refbn_d2.utils.arguments import run_or_exit
 
 out, config = sys.argv[1:]
 training, exported = f"{out}/run", f"{out}/exported.pth"
-train = ("tools/train_net.py", "--engine", "torchvision", "--config-file", config)
-convert = ("tools/convert_checkpoint.py", f"{training}/model_final.pth", exported)
+train = ("-m", "refbn_d2.engines", "--engine", "torchvision", "--config-file", config)
+convert = ("-m", "refbn_d2.export", f"{training}/model_final.pth", exported)
 steps = [
     Step("train", "Train", "", train, 3, output_dir=training),
     Step("export", "Export", "", (*convert, "--to", "detectron2", "--norm", "FrozenBN"), 1,
