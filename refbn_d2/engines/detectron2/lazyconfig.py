@@ -111,13 +111,14 @@ def _main(args: argparse.Namespace) -> None:
     if not (args.resume or args.eval_only):
         check_not_overwritten(Path(cfg.train.output_dir))
     comm.synchronize()
-    default_setup(cfg, args)
-    setup_log(cfg.train.output_dir)
-    train, test = _datasets(cfg)
-    used = () if args.eval_only else train
     out = cfg.train.output_dir
-    with errors_explained(out), repaired_datasets(used, test, out, train):
-        _run(cfg, args)
+    with errors_explained(out):
+        default_setup(cfg, args)
+        setup_log(out)
+        train, test = _datasets(cfg)
+        used = () if args.eval_only else train
+        with repaired_datasets(used, test, out, train):
+            _run(cfg, args)
 
 
 def _run(cfg: DictConfig, args: argparse.Namespace) -> None:
@@ -156,7 +157,9 @@ def _train(cfg: DictConfig, args: argparse.Namespace, model: nn.Module) -> None:
     trainer.register_hooks(used)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     resumed = args.resume and checkpointer.has_checkpoint()
-    trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
+    start_iter = trainer.iter + 1 if resumed else 0
+    checkpointer.save_missing_final(start_iter, cfg.train.max_iter)
+    trainer.train(start_iter, cfg.train.max_iter)
 
 
 def _evaluate(cfg: DictConfig, model: nn.Module) -> dict | None:

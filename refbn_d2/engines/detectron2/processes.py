@@ -32,7 +32,6 @@ def join_workers(device: str, args: argparse.Namespace) -> None:
 
 def setup_log(output_dir: str) -> None:
     """Log this package like Detectron2; tracebacks of user errors go only to log.txt."""
-    fail_quietly()
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_a_bug)
     for handler in setup_logger(output_dir, comm.get_rank(), name="refbn_d2").handlers:
         if getattr(handler, "stream", None) is sys.stdout:
@@ -61,13 +60,14 @@ def _close_logs() -> None:
 
 @contextmanager
 def errors_explained(output_dir: str) -> Iterator[None]:
-    """Turn the errors that a user can fix and Detectron2 raises in training into ours.
+    """Turn the errors that a user can fix and Detectron2 raises into ours, and fail quietly.
 
     Raises:
         DivergedError: instead of FloatingPointError, if training diverges; also says what to do.
         WorkerKilledError: a signal ended a process that loads data.
         OSError: with OUTPUT_DIR in place of no file.
     """
+    fail_quietly()
     try:
         with naming(output_dir), loading_explained():
             yield

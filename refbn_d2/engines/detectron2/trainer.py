@@ -54,6 +54,7 @@ from refbn_d2.utils.device import resolve_device
 from refbn_d2.utils.distributed import launch, planned_world_size
 from refbn_d2.utils.errors import ConfigError, DataError
 from refbn_d2.utils.file_io import remove_unfinished, write_text
+from refbn_d2.utils.torch_compat import get_total_norm
 from refbn_d2.visualization.curves import plot_curves
 from refbn_d2.visualization.samples import SAMPLES_SHOWN, draw_samples, sample_item
 
@@ -108,16 +109,14 @@ def _main(cfg: CfgNode, args: argparse.Namespace) -> None:
     if not args.eval_only:
         check_output_dir(cfg, args.resume, FREE_IN_DETECTION)
     comm.synchronize()  # so that all workers have read the old config.yaml
-    default_setup(cfg, args)
-    setup_log(cfg.OUTPUT_DIR)
-    register_datasets(cfg)
-    train, test = _datasets(cfg, args)
-    trained, masks = cfg.DATASETS.TRAIN, cfg.MODEL.MASK_ON
-    with (
-        errors_explained(cfg.OUTPUT_DIR),
-        repaired_datasets(train, test, cfg.OUTPUT_DIR, trained, masks),
-    ):
-        _run(cfg, args)
+    with errors_explained(cfg.OUTPUT_DIR):
+        default_setup(cfg, args)
+        setup_log(cfg.OUTPUT_DIR)
+        register_datasets(cfg)
+        train, test = _datasets(cfg, args)
+        trained, masks = cfg.DATASETS.TRAIN, cfg.MODEL.MASK_ON
+        with repaired_datasets(train, test, cfg.OUTPUT_DIR, trained, masks):
+            _run(cfg, args)
 
 
 def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -137,6 +136,7 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
         warn_frozen_from_scratch(cfg)
     trainer = Trainer(cfg, args.allow_partial_weights)
     trainer.resume_or_load(resume=args.resume)
+    trainer.checkpointer.save_missing_final(trainer.start_iter, trainer.max_iter)
     trainer.train()
 
 
@@ -250,13 +250,19 @@ class Checkpointer(DetectionCheckpointer):
             return
         state = self.model.state_dict()
         weights = [t for t in state.values() if t.is_floating_point()]
-        if not bool(nn.utils.get_total_norm(weights).isfinite()):
+        if not bool(get_total_norm(weights).isfinite()):
             raise FloatingPointError(f"A weight is infinite or NaN, so {name}.pth is not written.")
         others = {key: value.state_dict() for key, value in self.checkpointables.items()}
         path = Path(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         save_checkpoint({"model": state, **others, **kwargs}, path)
         self.tag_last_checkpoint(path.name)
+
+    def save_missing_final(self, start_iter: int, max_iter: int) -> None:
+        """Write the model_final.pth of a run that ended as it was about to write it."""
+        final = Path(self.save_dir, "model_final.pth")
+        if start_iter >= max_iter and not final.exists():
+            self.save(final.stem, iteration=max_iter - 1)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write last_checkpoint, whole or not at all."""

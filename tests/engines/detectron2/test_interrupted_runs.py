@@ -1,6 +1,8 @@
 """What ends a run on the Detectron2 engine, and what it leaves."""
 
 import argparse
+import errno
+import importlib
 import math
 import os
 from pathlib import Path
@@ -122,3 +124,41 @@ def test_nan_on_worker_1_saves_no_weights(detectron2_cfg):
     assert (out / "last_checkpoint").read_text() == "model_0000001.pth"
     weights = load_checkpoint(out / "model_0000001.pth")["model"].values()
     assert all(torch.isfinite(t).all() for t in weights if t.is_floating_point())
+
+
+def test_a_run_that_ended_as_it_wrote_its_last_file_gets_it(detectron2_cfg):
+    from refbn_d2.engines.detectron2.trainer import Trainer
+
+    detectron2_cfg.merge_from_list(["SOLVER.CHECKPOINT_PERIOD", 4, "DATASETS.TEST", ()])
+    Path(detectron2_cfg.OUTPUT_DIR).mkdir(exist_ok=True)
+    trainer = Trainer(detectron2_cfg)
+    final = Path(detectron2_cfg.OUTPUT_DIR, "model_final.pth")
+    trainer.checkpointer.save_missing_final(3, 4)  # the run is not at its end
+    assert not final.exists()
+    trainer.checkpointer.save_missing_final(4, 4)
+    assert load_checkpoint(final)["iteration"] == 3
+    before = final.read_bytes()
+    with torch.no_grad():
+        next(trainer.model.parameters()).add_(1)
+    trainer.checkpointer.save_missing_final(4, 4)  # there is one
+    assert final.read_bytes() == before
+
+
+@pytest.mark.parametrize("tool", ["trainer", "lazyconfig"])
+def test_a_full_disk_at_the_start_names_the_folder(tool, monkeypatch, tmp_path):
+    """Detectron2's own set-up writes the log and config.yaml first."""
+    from omegaconf import OmegaConf
+
+    module = importlib.import_module(f"refbn_d2.engines.detectron2.{tool}")
+
+    def default_setup(cfg, args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    cfg = OmegaConf.create({"train": {"output_dir": str(tmp_path), "device": "cpu"}})
+    cfg.OUTPUT_DIR, cfg.MODEL = str(tmp_path), {"DEVICE": "cpu"}
+    monkeypatch.setattr(module, "default_setup", default_setup)
+    monkeypatch.setattr(module, "join_workers", lambda device, args: None)
+    monkeypatch.setattr(module, "_config", lambda file, opts: cfg, raising=False)
+    args = argparse.Namespace(config_file="", opts=[], resume=True, eval_only=True)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
+        module._main(*([cfg] if tool == "trainer" else []), args)
