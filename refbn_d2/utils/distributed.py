@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from refbn_d2.utils.errors import ConfigError, RefBNError, WorkerKilledError
-from refbn_d2.utils.torch_compat import join
+from refbn_d2.utils.torch_compat import destroy_process_group, join
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def _worker(local_rank, main, rank, world_size, local_size, dist_url, device, ar
     try:
         return main(*args)
     finally:
-        dist.destroy_process_group()
+        destroy_process_group()
 
 
 def _free_port() -> int:

@@ -3,11 +3,13 @@
 A function has the name and the arguments of what it replaces.
 """
 
+import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing import ProcessContext
 
@@ -116,3 +118,14 @@ def join(context: ProcessContext, grace_period: float) -> bool:
     """
     options = {"grace_period": grace_period} if torch_version() >= (2, 6) else {}
     return context.join(**options)
+
+
+def destroy_process_group() -> None:
+    """Call torch.distributed.destroy_process_group().
+
+    Torch 2.0 holds the interpreter's lock while it waits for its threads, of which one may need the
+    lock to free the tensors of the last collective. Then they wait for each other forever.
+    """
+    if torch_version() < (2, 1):
+        time.sleep(0.1)  # without the lock
+    dist.destroy_process_group()

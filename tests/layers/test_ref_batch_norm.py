@@ -15,6 +15,7 @@ from torch import nn
 from refbn_d2.layers import Moments, Recording, RefBatchNorm2d, refbn_layers
 from refbn_d2.layers.functional import GRADIENTS
 from refbn_d2.layers.reference_norm import warn_no_reference
+from refbn_d2.utils import torch_compat
 from tests.versions import needs
 
 C = 6
@@ -257,7 +258,7 @@ def _ddp_step(rank, port, path):
     model(batch(rank)).square().sum().backward()
     if rank == 0:
         torch.save([p.grad for p in net.parameters()], path)
-    dist.destroy_process_group()
+    torch_compat.destroy_process_group()
 
 
 def test_ddp_averages_the_gradients_of_the_workers(tmp_path, free_port):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from refbn_d2.utils import torch_compat
 from tests.plugin.hook_helpers import CHANGES, equal, trainer_of
 
 pytest.importorskip("detectron2.engine", reason="Detectron2 is not installed")
@@ -40,7 +41,7 @@ def _worker(rank, port, text, path):
     torch.save(
         {"seen": trainer.keep.seen, "images": images, "parameters": parameters}, f"{path}/{rank}"
     )
-    dist.destroy_process_group()
+    torch_compat.destroy_process_group()
 
 
 @pytest.mark.parametrize("refresh", CHANGES)

@@ -16,6 +16,7 @@ from refbn_d2.config import RefBNOptions
 from refbn_d2.layers import RefBatchNorm2d, refbn_layers
 from refbn_d2.reference.batch import ReferenceBatch
 from refbn_d2.reference.inputs import without_last_rows
+from refbn_d2.utils import torch_compat
 from tests.versions import FLOAT16, needs
 
 KEPT = RefBNOptions(
@@ -229,4 +230,4 @@ def test_fsdp2_with_parameters_in_bfloat16(refresh, precision, free_port):
             value, expected = getattr(layer, name), getattr(exact.backbone[1], name)
             torch.testing.assert_close(value.float(), expected, rtol=0.05, atol=0.02)
     finally:
-        dist.destroy_process_group()
+        torch_compat.destroy_process_group()

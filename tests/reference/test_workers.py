@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from refbn_d2.reference.batch import ReferenceBatch
+from refbn_d2.utils import torch_compat
 from tests.reference.helpers import OPTIONS, Detector, images, make
 
 
@@ -29,7 +30,7 @@ def _worker(rank, port, refresh, path):
     dist.all_reduce = all_reduce
     state = {k: v for k, v in model.state_dict().items() if "ref_" in k}
     torch.save({"counts": counts, "state": state, "rows": rows}, f"{path}/{rank}.pth")
-    dist.destroy_process_group()
+    torch_compat.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def _worker_with_an_empty_head(rank, port, path):
         reference.after_step()
         references.append((layer.ref_mean.clone(), layer.ref_var.clone(), int(layer.ref_count)))
     torch.save({"inputs": inputs, "references": references}, f"{path}/{rank}.pth")
-    dist.destroy_process_group()
+    torch_compat.destroy_process_group()
 
 
 def test_an_unreached_layer_takes_the_first_batch_that_is_not_empty_on_all_workers(
@@ -115,7 +116,7 @@ def _worker_with_other_images(rank, port, what, path):
         ReferenceBatch(model, images(7, 6), OPTIONS, forward=model, identity=identity)
     except ValueError as error:
         open(f"{path}/{rank}", "w").write(str(error))
-    dist.destroy_process_group()
+    torch_compat.destroy_process_group()
 
 
 @pytest.mark.parametrize("what, named", [("dataset", "other against mine"), ("image", "'2'")])
