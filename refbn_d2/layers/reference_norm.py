@@ -216,8 +216,8 @@ def in_backward() -> bool:
 @functools.cache
 def warn_no_reference() -> None:
     logger.warning(
-        "A RefBN or RefIN layer without a reference takes its first training batch as one. To "
-        "choose the reference, capture it before training (refbn_d2.ReferenceBatch)."
+        "A layer of RefBN or RefIN takes its first training batch as the reference. To choose the "
+        "reference, capture it before training (refbn_d2.ReferenceBatch)."
     )
 
 
