@@ -1,5 +1,7 @@
 """Train torchvision's Mask R-CNN R-50-FPN with RefBN on data in COCO's format.
 
+It needs torchvision 0.16.
+
 python examples/torchvision_maskrcnn.py annotations.json images/ --pretrained
 """
 
@@ -9,13 +11,13 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.models.detection import maskrcnn_resnet50_fpn
-from torchvision.transforms.v2.functional import to_dtype, to_image
+from torchvision.transforms.functional import to_tensor
 
 from refbn_d2 import ReferenceBatch, convert_to_refbn
 
 
 def transforms(image, target):
-    return to_dtype(to_image(image), torch.float32, scale=True), target
+    return to_tensor(image), target
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from refbn_d2.data.shapes import make_classification
 from refbn_d2.layers import refbn_layers
+from tests.versions import needs
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SAID = re.compile(r"loss (\d+\.\d+) at first, (\d+\.\d+) at last")
@@ -74,6 +75,7 @@ def test_timm_model(tmp_path, capsys, steps_seen):
     timm.create_model("resnet10t", num_classes=10).load_state_dict(torch.load(output))
 
 
+@needs("torchvision", 0, 16, "wrap_dataset_for_transforms_v2 with target_keys")
 def test_torchvision_maskrcnn(tiny_shapes, capsys, steps_seen):
     """The data are the six images of the validation split, at 64 pixels."""
     shapes = tiny_shapes / "shapes"

@@ -14,6 +14,7 @@ from refbn_d2.layers import (
     fold,
     ref_instance_norm,
 )
+from tests.versions import FLOAT16, needs
 
 
 def layer_with_reference(channels=3, **options) -> RefInstanceNorm2d:
@@ -74,7 +75,7 @@ def test_an_image_does_not_depend_on_the_others_nor_on_training():
     torch.testing.assert_close(layer.eval()(x.detach()), together)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [FLOAT16, torch.bfloat16])
 @pytest.mark.parametrize("needs_grad", [True, False])
 def test_half_precision_is_normalized_by_float32_moments(dtype, needs_grad):
     layer = layer_with_reference().to(dtype)
@@ -194,6 +195,7 @@ def test_batch_norm_tools_leave_it_alone():
     assert nn.SyncBatchNorm.convert_sync_batchnorm(layer)[0] is layer[0]
 
 
+@needs("torch", 2, 1, "torch.export")
 def test_exported_program_computes_the_same():
     layer, x = nn.Sequential(layer_with_reference()).float().eval(), torch.randn(2, 3, 6, 5)
     program = torch.export.export(layer, (x,)).module()

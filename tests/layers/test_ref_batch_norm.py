@@ -16,7 +16,7 @@ from refbn_d2.layers import Moments, Recording, RefBatchNorm2d, refbn_layers
 from refbn_d2.layers.functional import GRADIENTS
 from refbn_d2.layers.reference_norm import warn_no_reference
 from refbn_d2.utils import torch_compat
-from tests.versions import needs
+from tests.versions import FLOAT16, needs
 
 C = 6
 
@@ -165,7 +165,7 @@ def test_first_batch_becomes_the_reference_with_one_warning(caplog):
     assert torch.equal(layers[0].ref_mean, mean)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT16])
 def test_autocast_takes_moments_in_float32_and_keeps_channels_last(dtype):
     conv, layer = nn.Conv2d(3, C, 3), with_reference(RefBatchNorm2d(C))
     net = nn.Sequential(conv, layer).to(memory_format=torch.channels_last)

@@ -49,7 +49,7 @@ def test_a_model_that_is_frozen_gets_a_warning(detectron2_cfg, caplog):
 
     with caplog.at_level(logging.WARNING):
         trainer_class(FrozenBatchNorm2d.convert_frozen_batchnorm)(detectron2_cfg)
-    assert "is 'RefBN', but the model has no RefBatchNorm2d" in caplog.text
+    assert "is RefBN or RefIN, but the model has no such layer" in caplog.text
 
 
 @pytest.mark.parametrize("norm", ["BN", "RefBN"])

@@ -65,7 +65,7 @@ def test_a_model_without_the_configs_norm_stops_the_training(cfg, monkeypatch):
         return convert_sync_batchnorm(build(cfg, num_classes))
 
     monkeypatch.setattr(trainer_module, "build_model", converted)
-    with pytest.raises(ConfigError, match="MODEL.NORM is 'RefBN', .* only SyncBatchNorm"):
+    with pytest.raises(ConfigError, match="MODEL.NORM is RefBN or RefIN, .* only SyncBatchNorm"):
         trainer(cfg)
 
 

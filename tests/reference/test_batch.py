@@ -155,7 +155,7 @@ def test_virtual_batch_norm_is_whole_reference_with_weight_one():
 
 
 def test_no_layer_or_nothing_to_append_to():
-    with pytest.raises(ValueError, match="no RefBatchNorm2d"):
+    with pytest.raises(ValueError, match="no RefBN or RefIN layer"):
         ReferenceBatch(nn.Conv2d(3, 3, 1), images(7, 6), OPTIONS)
     with pytest.raises(ValueError, match='use "slice"'):
         ReferenceBatch(Detector(), images(7, 6), replace(OPTIONS, refresh="concat"), forward=print)

@@ -142,7 +142,7 @@ def test_compare_curves(tmp_path):
     c = write(tmp_path / "c.json", records(100, ["lr", "loss_x", "bbox/AP", "total_loss"]))
     metrics = {"total_loss": "Loss", "bbox/AP": "AP"}
     compare_curves({"A": a, "B": b, "C": c}, metrics, tmp_path / "made" / "c.png")
-    losses, precisions = np.split(read(tmp_path / "made" / "c.png"), 2, axis=1)
+    losses, precisions = np.array_split(read(tmp_path / "made" / "c.png"), 2, axis=1)
     for color in RGB[:3]:
         assert count(losses, color) > 100
     assert count(precisions, RGB[0]) > 100 and count(precisions, RGB[2]) > 100

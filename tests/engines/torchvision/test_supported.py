@@ -62,7 +62,7 @@ def test_every_key_of_the_table_exists_and_its_default_passes():
         ("MODEL.KEYPOINT_ON", True, "False"),
         ("MODEL.LOAD_PROPOSALS", True, "False"),
         ("MODEL.BACKBONE.NAME", "build_regnet_backbone", "'build_resnet_backbone' or"),
-        ("MODEL.RESNETS.NORM", "LN", "'RefBN' or 'BN'"),
+        ("MODEL.RESNETS.NORM", "LN", "'RefBN' or 'RefIN' or 'BN'"),
         ("MODEL.RESNETS.DEPTH", 26, "18 or 34 or 50"),
         ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, True], "[False, False"),
         ("MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "'StandardROIHeads'"),

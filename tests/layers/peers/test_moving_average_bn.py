@@ -142,11 +142,11 @@ def test_training_is_that_of_an_explicit_parametrization_and_saving_does_not_dis
     for step in range(12):
         outputs = [model(batch(step)) for model in models]
         torch.testing.assert_close(*outputs)
-        net.state_dict()
         for output, optimizer in zip(outputs, optimizers, strict=True):
             optimizer.zero_grad()
             (output**3).mean().backward()
             optimizer.step()
+        net.state_dict()
 
 
 def test_its_checkpoint_is_a_batch_norm_model_in_eval_mode():
