@@ -59,7 +59,11 @@ if sys.argv[1] == "ending":
 run_or_exit(wait if sys.argv[1] == "running" else print, argparse.Namespace())
 """
     command = [sys.executable, "-c", code, when]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # nohup and background jobs start pytest with SIGINT ignored, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     while process.stdout.readline() != "up\n":
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
