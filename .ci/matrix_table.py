@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs/versions.md"
-PACKAGES = ("torch", "torchvision", "numpy", "pillow", "opencv-python", "timm")
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "opencv-python-headless", "timm")
 
 
 def versions() -> str:
