@@ -142,8 +142,8 @@ def test_pictures_of_several_sizes_are_padded(case, tmp_path, monkeypatch):
     main(monkeypatch, case(images=tmp_path / "pictures", num=3))
     new = load_checkpoint(tmp_path / "new/new.pth")["model"]
     name = "backbone.bottom_up.stem.conv1.norm.ref_count"
-    assert new[name] == round(3 * 160 * 128 / 4 / (3 / 19))  # 160 x 128: see the comment
-    # All are resized to a shorter side of 64: 64 x 64, 154 x 64, 64 x 107; padded to 32's multiples
+    # resized to 64 x 64, 128 x 53 (MAX_SIZE_TEST) and 64 x 107, padded to 128 x 128; stride 2
+    assert new[name] == 3 * 64 * 64 * 19 / 3
 
 
 def without_references(tmp_path):
