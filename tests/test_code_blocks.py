@@ -35,8 +35,9 @@ from tests.versions import tomllib
 ROOT = Path(__file__).parents[1]
 PATHS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "configs/README.md")]
 PATHS += sorted((ROOT / "docs").rglob("*.md"))
-CONFIGS = {"train_net.py": get_cfg, "pretrain_imagenet.py": get_pretrain_cfg}
-CONFIGS |= {"refbn-train": get_cfg, "refbn-pretrain": get_pretrain_cfg}
+CONFIGS = dict.fromkeys(
+    ["train_net.py", "refbn-train", "adapt_reference.py", "refbn-adapt"], get_cfg
+) | dict.fromkeys(["pretrain_imagenet.py", "refbn-pretrain"], get_pretrain_cfg)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -183,7 +184,11 @@ def detectron2_loop(request) -> dict:
     }
 
 
-READERS = {"README.md": plain_pytorch, "detectron2.md": detectron2_loop}
+READERS = {
+    "README.md": plain_pytorch,
+    "new_camera.md": plain_pytorch,
+    "detectron2.md": detectron2_loop,
+}
 
 
 # ---- the blocks

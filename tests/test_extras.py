@@ -23,6 +23,7 @@ COMMANDS = [  # module that has main(), its arguments, its extra, what it import
     ("engines.__main__", "--engine torchvision --config-file x", "train", TRAIN),
     ("pretrain.__main__", "--config-file x", "pretrain", PRETRAIN),
     ("export.__main__", "a.pth b.pkl --to detectron2", "train", ["torchvision", "cv2"]),
+    ("engines.adapt", "--config-file x --weights x --images x --output x.pth", "train", TRAIN),
     ("study.__main__", "--study x", "study", ["cv2", "PIL", "matplotlib", "scipy", "jinja2"]),
     ("study.benchmark", "", "train", ["tqdm"]),
     (  # the quote ends it early if nothing is missed

@@ -72,7 +72,7 @@ def _model(contents: Contents) -> str:
 
 
 def _beside_the_weights(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    known = ("model", "classifier", "refbn", "matching_heuristics", "__author__")
+    known = ("model", "classifier", "refbn", "adapted", "matching_heuristics", "__author__")
     others = {key: value for key, value in checkpoint.items() if key not in known}
     averages = [key for key in others if key in WRAPPERS]
     yield (
@@ -81,17 +81,22 @@ def _beside_the_weights(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, st
             f"{key} (choose with --key {key}, or MODEL.WEIGHTS FILE?key={key})" for key in averages
         ),
     )
-    state = [
-        f"{key} {value!s:.80}" if isinstance(value, str | float) or _is_count(value) else str(key)
-        for key, value in others.items()
-        if isinstance(key, str)
-        if key not in averages
-    ]
-    yield "training", listing(state)
+    state = {k: v for k, v in others.items() if isinstance(k, str) and k not in averages}
+    yield "training", _values(state)
     if isinstance(refbn := checkpoint.get("refbn"), Mapping):
         images, dataset = refbn.get("images"), refbn.get("dataset")
         images = images if isinstance(images, list | tuple) else ()
         yield "reference", f"{len(images)} images of {dataset}, seed {refbn.get('seed')}"
+    if isinstance(adapted := checkpoint.get("adapted"), Mapping):  # refbn-adapt
+        yield "adapted", _values({str(key): value for key, value in adapted.items()})
+
+
+def _values(state: Mapping[str, Any]) -> str:
+    """Return the names, with the values that are texts or numbers."""
+    return listing(
+        f"{key} {value!s:.80}" if isinstance(value, str | float) or _is_count(value) else key
+        for key, value in state.items()
+    )
 
 
 def _is_count(value: Any) -> bool:

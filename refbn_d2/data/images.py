@@ -1,11 +1,37 @@
 """Read pictures from files."""
 
+import os
 from collections.abc import Hashable
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from refbn_d2.utils.errors import DataError
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def find_pictures(folder: str | os.PathLike) -> list[Path]:
+    """Return the pictures in `folder` and below it, sorted: files with one of SUFFIXES, not hidden.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such folder.
+        DataError: it has no pictures.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: there is no such folder of pictures. Check the path.")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: give the folder of the pictures.")
+    found = [
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    ]
+    if not found:
+        raise DataError(f"{folder} has no pictures. Known are {', '.join(SUFFIXES)}.")
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def read_image(file_name: str, format: str, image_id: Hashable = None) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Select the images of the reference batch, and keep their moments in every RefBN layer."""
 
+from refbn_d2.reference.adaptation import adapt_reference
 from refbn_d2.reference.batch import ReferenceBatch
 from refbn_d2.reference.detection import image_rows
 from refbn_d2.reference.selection import (
@@ -12,6 +13,7 @@ from refbn_d2.reference.selection import (
 
 __all__ = [
     "ReferenceBatch",
+    "adapt_reference",
     "draw_images",
     "find_images",
     "identity_of",

@@ -29,6 +29,7 @@ def draw_samples(
     path: str | os.PathLike,
     columns: int = 4,
     min_score: float = 0.5,
+    titles: tuple[str, str] = ("prediction", "ground truth"),
 ) -> None:
     """Draw a grid of images, each with its predictions beside its ground truth, as one PNG.
 
@@ -43,6 +44,7 @@ def draw_samples(
         path: the PNG to write.
         columns: pictures side by side; an image with prediction and ground truth counts as two.
         min_score: predictions with lower scores are not drawn.
+        titles: of prediction and ground truth, which may also be two predictions.
 
     Raises:
         ValueError: there are no items, an image is not uint8 (H, W, 3), or a class has no name.
@@ -51,12 +53,12 @@ def draw_samples(
         raise ValueError(f"{path}: there are no images to draw; give 1 or more items.")
     headers = [
         header
-        for header, index in (("prediction", 1), ("ground truth", 2))
+        for header, index in zip(titles, (1, 2), strict=True)
         if any(item[index] is not None for item in items)
     ] or [""]
     tiles = []  # a row of pictures for each item
     for image, prediction, truth in items:
-        content = {"prediction": prediction, "ground truth": truth}
+        content = dict(zip(titles, (prediction, truth), strict=True))
         tiles.append(
             [_Tile(image, content.get(header), class_names, min_score) for header in headers]
         )

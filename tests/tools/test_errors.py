@@ -42,6 +42,12 @@ def test_convert_checkpoint(failing, tmp_path):
     assert line.startswith("CheckpointError: ") and str(nowhere) in line
 
 
+def test_adapt_reference(failing, tmp_path):
+    arguments = ["--config-file", "x.yaml", "--weights", "x.pth", "--output", tmp_path / "new.pth"]
+    line = failing("tools/adapt_reference.py", *arguments, "--images", tmp_path / "nowhere")
+    assert line.startswith("FileNotFoundError: ") and str(tmp_path / "nowhere") in line
+
+
 def test_quickstart(failing, tmp_path):
     step = {"command": ["-m", "other"], "seconds": 1.0, "done": True, "output": ""}
     (tmp_path / "steps.json").write_text(json.dumps({"detection": step}))

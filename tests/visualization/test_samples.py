@@ -36,6 +36,15 @@ def content(boxes, classes, scores=None, masks=False, size=100):
     return made
 
 
+def test_the_titles_are_above_their_columns(tmp_path):
+    both = content([[10, 10, 50, 50]], [0], scores=[0.9])
+    for name, titles in (("a", ("prediction", "ground truth")), ("b", ("before", "ground truth"))):
+        draw_samples([(image(), both, both)], ["x"], tmp_path / f"{name}.png", titles=titles)
+    differs = (read(tmp_path / "a.png") != read(tmp_path / "b.png")).any(axis=2)
+    rows, columns = np.nonzero(differs)
+    assert rows.max() < TOP and columns.max() < MARGIN + TILE
+
+
 def tile(picture, column, row=0):
     top, left = TOP + row * (TILE + GAP), MARGIN + column * (TILE + GAP)
     return picture[top : top + TILE, left : left + TILE]

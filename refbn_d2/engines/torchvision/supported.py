@@ -53,8 +53,11 @@ CHOICES = {
 STAGES = ("stem", "res2", "res3", "res4", "res5")
 
 
-def check_supported(cfg) -> None:
+def check_supported(cfg, way_out: str = OTHER_ENGINE) -> None:
     """Return if the torchvision engine can build and train what `cfg` asks for.
+
+    Args:
+        way_out: what to do instead, for the error.
 
     Raises:
         ConfigError: it cannot; lists each key with its value, what is supported, and what to do.
@@ -68,7 +71,7 @@ def check_supported(cfg) -> None:
                 f"{key} = {value_of(cfg, key)!r}; supported: {supported}"
                 for key, supported in problems
             )
-            + f"\nChange that, or {OTHER_ENGINE}"
+            + f"\nChange that, or {way_out}"
         )
 
 

@@ -35,12 +35,16 @@ class Mapper:
     def __call__(self, dataset_dict: dict, rng: np.random.Generator | None = None) -> dict:
         """Return the sample of `dataset_dict`, which is not changed; `rng` is for training.
 
+        In a test, "height", "width" and "annotations" may be missing: the size is the picture's.
+
         Raises:
             FileNotFoundError: the image is missing; the message names the file.
             DataError: the image is broken or of another size, or a mask is missing or broken; the
                 message names the file or the image.
         """
         picture = read_image(dataset_dict["file_name"], "RGB", dataset_dict["image_id"])
+        height, width = picture.shape[:2]
+        dataset_dict = {"height": height, "width": width, **dataset_dict}
         _check_size(dataset_dict, picture)
         transforms = self.draw(rng, *picture.shape[:2])
         for transform in transforms:
