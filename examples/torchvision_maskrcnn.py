@@ -1,6 +1,4 @@
-"""Train torchvision's Mask R-CNN R-50-FPN with RefBN on data in COCO's format.
-
-It needs torchvision 0.16.
+"""Train torchvision's Mask R-CNN R-50-FPN (0.16 or newer) with RefBN on data in COCO's format.
 
 python examples/torchvision_maskrcnn.py annotations.json images/ --pretrained
 """

@@ -18,6 +18,7 @@ from refbn_d2.study.fingerprint import code_hash
 from refbn_d2.study.plan import Job
 from refbn_d2.utils.errors import ConfigError, DataError, DivergedError
 from refbn_d2.utils.file_io import naming, write_text
+from refbn_d2.utils.lock import check_free
 
 POLL = 0.1  # seconds between two checks of the processes
 ENDED = ("done", "diverged")
@@ -162,6 +163,7 @@ class Runner:
                 "--output-dir, from a copy of the code that nobody edits"
             )
         job.folder.mkdir(parents=True, exist_ok=True)
+        check_free(job.folder, "--output-dir")  # of a training that outlived its study
         record = self.records[job.id]
         record.write(status="not run", error="")
         todo = [stage for stage in job.stages if record.content["stages"].get(stage.name) != "done"]

@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,9 +18,10 @@ NAME = "run.lock"
 def locked(folder: str | os.PathLike, key: str = "OUTPUT_DIR") -> Iterator[None]:
     """Hold `folder`/run.lock, which names this host and process, and remove it at the end.
 
-    SIGTERM, and SIGINT where the parent process ignores it, end the program by an exception, so
-    that the lock is removed. The lock of a process of this host that has ended is replaced. A file
-    that is created exclusively is a lock on network file systems too.
+    SIGTERM, where nobody else handles it, removes the lock and ends the process. SIGINT raises
+    KeyboardInterrupt, also where the parent process ignores it. The lock of a process of this host
+    that has ended is replaced. A file that is created exclusively is a lock on network file systems
+    too.
 
     Args:
         key: the config key or flag that chooses the folder, for the message.
@@ -32,21 +32,43 @@ def locked(folder: str | os.PathLike, key: str = "OUTPUT_DIR") -> Iterator[None]
     """
     path = Path(folder) / NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _ending_by_exceptions():
-        owner = _create(path, key)
-        try:
+    owner = _create(path, key)
+    try:
+        with _ending_at_signals(path, owner):
             yield
-        finally:
-            with suppress(OSError):  # in a folder that cannot be written any more, it stays
-                if _read(path) == owner:
-                    path.unlink()
+    finally:
+        _remove(path, owner)
+
+
+def check_free(folder: str | os.PathLike, key: str = "OUTPUT_DIR") -> None:
+    """Check that no process holds the lock of `folder`; remove that of one that has ended.
+
+    Raises:
+        ConfigError: as `locked`.
+    """
+    _remove_if_stale(Path(folder) / NAME, key)
+
+
+def _remove(path: Path, owner: str) -> None:
+    with suppress(OSError):  # in a folder that cannot be written any more, it stays
+        if _read(path) == owner:
+            path.unlink()
 
 
 @contextmanager
-def _ending_by_exceptions() -> Iterator[None]:
+def _ending_at_signals(path: Path, owner: str) -> Iterator[None]:
+    pid = os.getpid()
+
+    def end(number: int, frame: object) -> None:
+        # No exception: it would break into whatever runs, and libraries catch it.
+        if os.getpid() == pid:  # not a fork's
+            _remove(path, owner)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if before[signal.SIGTERM] == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        signal.signal(signal.SIGTERM, end)
     if before[signal.SIGINT] == signal.SIG_IGN:  # as a shell does for "command &" in a script
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -8,6 +8,7 @@ import atexit
 import importlib
 import importlib.util
 import inspect
+import multiprocessing.process
 import os
 import runpy
 import signal
@@ -81,6 +82,7 @@ def _become(command: list[str], given: dict) -> None:
             os.environ.update(given["env"])
         if given["preexec_fn"]:
             given["preexec_fn"]()
+        multiprocessing.process._children.clear()  # those of pytest, which the exit would end
         subprocess.Popen = Forked  # what this program starts is forked too
         code = _run(command)
     except BaseException:

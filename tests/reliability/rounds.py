@@ -77,6 +77,8 @@ def play(target: Target, fault: Fault, rng: random.Random, seconds: float, expec
             fault.undo()
         if broken.code == 0:
             return _finished(target, expected, "unharmed" if struck else "had ended before")
+        if target.is_complete():  # the program ended between its last file and its exit
+            return _finished(target, expected, "had ended before")
         for _ in range(100):
             resumed = _run(target, start, None)
             if resumed.code == 0:

@@ -71,6 +71,10 @@ class Target(ABC):
     def weights(self) -> State:
         """Return the weights that the finished run wrote."""
 
+    def is_complete(self) -> bool:
+        """Return whether all is written; then a program that resumes nothing has nothing to do."""
+        return False
+
 
 def _detector_config(target: Target, out: Path, splits: tuple[str, ...] = ("train", "val")) -> str:
     """Write a config of a small Mask R-CNN with RefBN; return its path."""
@@ -155,6 +159,9 @@ class Conversion(Target):
 
     def weights(self) -> State:
         return load_checkpoint(self.out / "resnet18.pkl")["model"]
+
+    def is_complete(self) -> bool:
+        return (self.out / "resnet18.pkl").exists()  # written whole or not at all
 
 
 class Quickstart(Target):
