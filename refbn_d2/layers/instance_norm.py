@@ -1,7 +1,7 @@
 """Provide RefInstanceNorm2d: each image's moments, mixed with those of a fixed reference batch.
 
 `functional.py` holds the arithmetic, `reference_norm.py` the reference. `docs/algorithm.md` says
-when to use which of RefBatchNorm2d and RefInstanceNorm2d.
+what RefInstanceNorm2d gains and costs beside RefBatchNorm2d.
 """
 
 from torch import Tensor, nn
@@ -30,8 +30,8 @@ class RefInstanceNorm2d(ReferenceNorm, nn.InstanceNorm2d):
         w = n_0 / (n_0 + H W)
 
     The reference counts as n_0 elements: an image with few elements, whose own moments are noisy,
-    is normalized by the reference, an image with many by itself. This is the posterior mean of the
-    moments with the reference as a prior of n_0 observations. With n_0 = 0 it is instance
+    is normalized by the reference, an image with many by itself. mu_i and var_i are the moments of
+    the image's H W elements and n_0 of the reference together. With n_0 = 0 this is instance
     normalization.
 
     Nothing depends on the other images of a batch, and evaluation computes what training does. In
