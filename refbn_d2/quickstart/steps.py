@@ -7,10 +7,12 @@ are done, so that an interrupted run resumes.
 import base64
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +142,7 @@ def run(folder: Path, todo: list[Step]) -> "Record":
         ChildProcessError: a step failed; names its command.
         ConfigError: `folder` holds a quickstart with other commands, or another process runs one.
     """
-    with locked(folder, "--output-dir"):
+    with _ended_by_sigterm(), locked(folder, "--output-dir"):
         record = Record(folder / "steps.json")
         record.check(todo)
         for number, step in enumerate(todo, start=1):
@@ -149,6 +151,16 @@ def run(folder: Path, todo: list[Step]) -> "Record":
             print(f"\n[{number}/{len(todo)}] {step.title}{record.estimate(todo)}", flush=True)
             _do(step, record)
         return record
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit, so that the step that runs is stopped too."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Record:
