@@ -12,6 +12,7 @@ import pytest
 from refbn_d2.study.plan import Job, Stage
 from refbn_d2.study.runner import Record, Runner
 from refbn_d2.utils.errors import ConfigError
+from refbn_d2.utils.lock import locked
 
 FAKE = """
 import pathlib, signal, sys, time
@@ -158,3 +159,13 @@ def test_stopped_and_resumed(tmp_path, number):
     Runner(jobs, 2).run()
     assert (tmp_path / "a" / "said").read_text().splitlines() == ["slow", "--resume slow"]
     assert (tmp_path / "b" / "model_final.pth").exists()
+
+
+def test_a_training_that_outlived_its_study_is_named(tmp_path):
+    one = job(tmp_path, "run/a")
+    one.folder.mkdir()
+    with locked(one.folder), pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
+        Runner([one]).run()
+    assert not (one.folder / "said").exists()
+    Runner([one]).run()
+    assert said(one) == ["fine"]
