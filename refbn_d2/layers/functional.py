@@ -10,8 +10,6 @@ Shapes:
     n = N * H * W               the number of elements in a channel
 """
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -110,16 +108,14 @@ class _Normalize(torch.autograd.Function):
         return dx, dgamma, dbeta if has_beta else None, *[None] * 8
 
 
-def in_dtype_of(moments: Tensor, *parameters: Tensor | None) -> Iterator[Tensor | None]:
-    """Yield gamma and beta in the dtype of the moments: half precision is normalized in float32.
+def in_dtype_of(moments: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    """Return gamma and beta in the dtype of the moments: half precision is normalized in float32.
 
     `F.batch_norm` takes half-precision x with all of them in float32, or none.
     """
-    for parameter in parameters:
-        if parameter is None or parameter.dtype == moments.dtype:  # no node in a traced graph
-            yield parameter
-        else:
-            yield parameter.to(moments.dtype)
+    # Even an idle `to` is a node in a traced graph. torch 2.1 cannot export a generator.
+    dtype = moments.dtype
+    return [p if p is None or p.dtype == dtype else p.to(dtype) for p in parameters]
 
 
 def _average_in(running: Tensor, moments: Tensor, momentum: float) -> None:

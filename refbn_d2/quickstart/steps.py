@@ -23,8 +23,29 @@ from refbn_d2.utils.errors import ConfigError, DataError
 from refbn_d2.utils.file_io import write_text
 from refbn_d2.utils.lock import locked
 from refbn_d2.visualization.curves import compare_curves
+from refbn_d2.visualization.intervals import plot_intervals
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
+
+
+DETECTORS = (  # name, norm, backbone, text
+    (
+        "refin", "RefIN", "refin",
+        "Each picture is normalized by its own moments, mixed with those of the reference batch: "
+        "32 training pictures, drawn once.",
+    ),
+    (
+        "refbn", "RefBN", "bn",
+        "The moments of the reference batch are mixed into those of every batch. RefBN has BN's "
+        "parameters, so it starts from BN's backbone.",
+    ),
+    ("gn", "GN", "gn", "Each picture is normalized by its own moments, in groups of channels."),
+    (
+        "frozenbn", "FrozenBN", "bn",
+        "Detectron2's default: the moments and parameters of the pretraining, fixed.",
+    ),
+    ("bn", "BN", "bn", "Each batch is normalized by its own moments: two similar pictures'."),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,64 +81,34 @@ def steps(out: str, changes: dict[str, list[str]]) -> list[Step]:
             ("-m", "refbn_d2.data.shapes", "--classification"), 1,
         ),
     ]  # fmt: skip
-    for norm, text in (
-        (
-            "RefBN",
-            "Its norms mix the moments of a reference batch into those of every batch. It holds 32 "
-            "training pictures, drawn once. Every 4 steps, 8 of them join the batch.",
-        ),
-        ("BN", "The same recipe with BatchNorm, for comparison."),
+    for name, norm, text in (
+        ("bn", "BN", "Three of the detectors start from it."),
+        ("refin", "RefIN", "The same recipe with RefIN, for the detector with RefIN."),
+        ("gn", "GN", "The same recipe with GroupNorm, for the detector with GN."),
     ):
-        low = norm.lower()
-        folder = f"{out}/pretrain_{low}"
+        folder = f"{out}/pretrain_{name}"
         listed.append(
             Step(
-                f"pretrain_{low}", f"Pretrain ResNet-18 with {norm}",
+                f"pretrain_{name}", f"Pretrain ResNet-18 with {norm}",
                 f"A classifier, from random weights. {text}",
                 (
                     "-m", "refbn_d2.pretrain",
-                    "--config-file", f"configs/pretrain/shapes_resnet18_{low}.yaml",
-                    "OUTPUT_DIR", folder, *changes["pretrain"],
+                    "--config-file", "configs/pretrain/shapes_resnet18_bn.yaml",
+                    "MODEL.NORM", norm, "OUTPUT_DIR", folder, *changes["pretrain"],
                 ), 14, output_dir=folder,
             )
         )  # fmt: skip
-        weights = f"{out}/resnet18_{low}.pkl"
+    for name, norm, backbone, text in DETECTORS:
         listed.append(
             Step(
-                f"convert_{low}", f"Convert it for Detectron2 ({norm})",
-                "Torchvision's parameter names become Detectron2's. The same picture runs through "
-                "both models; the output lists the largest difference in each stage.",
-                (
-                    "-m", "refbn_d2.export", f"{folder}/model_final.pth", weights,
-                    "--to", "detectron2", "--verify",
-                ), 1, leaves=weights,
-            )
-        )  # fmt: skip
-    for name, title, text, norm, weights in (
-        (
-            "refbn", "Fine-tune Mask R-CNN from the RefBN backbone",
-            "RefBN in backbone, FPN and mask head. Its reference is captured again, on the "
-            "detection pictures.",
-            "refbn", f"{out}/resnet18_refbn.pkl",
-        ),
-        (
-            "bn", "Fine-tune Mask R-CNN from the BN backbone",
-            "The same recipe with BatchNorm.", "bn", f"{out}/resnet18_bn.pkl",
-        ),
-        (
-            "scratch", "Train Mask R-CNN from scratch",
-            "RefBN without pretraining, for as many steps.", "refbn", "",
-        ),
-    ):  # fmt: skip
-        listed.append(
-            Step(
-                name, title, text,
+                name, f"Fine-tune Mask R-CNN with {norm}", text,
                 (
                     "-m", "refbn_d2.engines", "--engine", "torchvision",
-                    "--config-file", f"configs/quickstart/mask_rcnn_R_18_FPN_{norm}.yaml",
-                    "MODEL.WEIGHTS", weights,
+                    "--config-file", "configs/quickstart/mask_rcnn_R_18_FPN_2_similar.yaml",
+                    "MODEL.RESNETS.NORM", norm,
+                    "MODEL.WEIGHTS", f"{out}/pretrain_{backbone}/backbone.pkl",
                     "OUTPUT_DIR", f"{out}/{name}", *changes["finetune"],
-                ), 18, output_dir=f"{out}/{name}",
+                ), 10, output_dir=f"{out}/{name}",
             )
         )  # fmt: skip
     exported = f"{out}/mask_rcnn_frozenbn.pth"
@@ -258,37 +249,38 @@ def _typed(command: Iterable[str]) -> str:
 
 # ---- the report
 
-RUNS = {"refbn": "RefBN, pretrained", "bn": "BN, pretrained", "scratch": "RefBN, from scratch"}
-PRETRAINED = {"pretrain_refbn": "RefBN", "pretrain_bn": "BN"}
+NORMS = {name: norm for name, norm, *_ in DETECTORS}
+PRETRAINED = {"pretrain_bn": "BN", "pretrain_refin": "RefIN", "pretrain_gn": "GN"}
 
 
 def write_report(folder: Path, todo: list[Step], record: Record) -> Path:
     """Write report.html from the files in `folder`: a single file with its pictures."""
-    compare_curves(
-        {label: folder / name / "metrics.json" for name, label in PRETRAINED.items()},
-        {"total_loss": "Pretraining: loss", "val/top1": "Pretraining: top-1 (%)"},
-        folder / "pretraining.png",
+    detectors, classifiers = (
+        [
+            {"name": name, "norm": norm, **_last(folder / name / "metrics.json")}
+            for name, norm in runs
+        ]
+        for runs in (NORMS.items(), PRETRAINED.items())
     )
-    compare_curves(
-        {label: folder / name / "metrics.json" for name, label in RUNS.items()},
-        {"total_loss": "Mask R-CNN: loss", "loss_cls": "Mask R-CNN: classification loss"},
-        folder / "finetuning.png",
-    )
-    pictures = {
-        "pretraining": folder / "pretraining.png",
-        "finetuning": folder / "finetuning.png",
-        **{name: folder / name / "samples.png" for name in RUNS},
-    }
+    plot_intervals(
+        {
+            title: {run["norm"]: (run[metric], None) for run in detectors}
+            for title, metric in (("boxes", "bbox_AP"), ("masks", "segm_AP"))
+        },
+        "average precision (%)", folder / "norms.png",
+    )  # fmt: skip
+    for runs, metrics, picture in (
+        (NORMS, {"total_loss": "Loss", "loss_cls": "Classification loss"}, "finetuning.png"),
+        (PRETRAINED, {"total_loss": "Loss", "val/top1": "Top-1 (%)"}, "pretraining.png"),
+    ):
+        files = {norm: folder / name / "metrics.json" for name, norm in runs.items()}
+        compare_curves(files, metrics, folder / picture)
+    pictures = {name: folder / f"{name}.png" for name in ("norms", "finetuning", "pretraining")}
+    pictures |= {name: folder / name / "samples.png" for name in NORMS}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(TEMPLATE.read_text()).render(
-        detectors=[
-            {"label": label, **_last(folder / name / "metrics.json")}
-            for name, label in RUNS.items()
-        ],
-        classifiers=[
-            {"label": label, **_last(folder / name / "metrics.json")}
-            for name, label in PRETRAINED.items()
-        ],
+        detectors=detectors,
+        classifiers=classifiers,
         steps=[
             {
                 "title": step.title,

@@ -16,7 +16,15 @@ import pytest
 
 from refbn_d2.config import get_cfg
 from refbn_d2.configs import get_config_file
-from refbn_d2.quickstart.steps import RUNS, Record, Step, run, steps, write_report
+from refbn_d2.quickstart.steps import (
+    NORMS,
+    PRETRAINED,
+    Record,
+    Step,
+    run,
+    steps,
+    write_report,
+)
 
 ROOT = Path(__file__).parents[2]
 NO_CHANGES = {"pretrain": [], "finetune": []}
@@ -164,26 +172,26 @@ def test_steps_build_on_each_other():
     todo = {step.name: step for step in steps("output/q", NO_CHANGES)}
     for step in todo.values():
         assert step.command[0] == "-m" and find_spec(step.command[1]), step
-    for norm in ("refbn", "bn"):
-        _, pretraining = settings(todo[f"pretrain_{norm}"])
-        source, weights = todo[f"convert_{norm}"].command[2:4]
-        assert source == pretraining["OUTPUT_DIR"] + "/model_final.pth"
-        assert settings(todo[norm])[1]["MODEL.WEIGHTS"] == weights
-    assert settings(todo["scratch"])[1]["MODEL.WEIGHTS"] == ""
-    assert settings(todo["scratch"])[0] == settings(todo["refbn"])[0]
+    backbones = {
+        settings(todo[name])[1]["OUTPUT_DIR"] + "/backbone.pkl": norm
+        for name, norm in PRETRAINED.items()
+    }
+    taken = {norm: settings(todo[name])[1]["MODEL.WEIGHTS"] for name, norm in NORMS.items()}
+    for norm, weights in taken.items():
+        assert backbones[weights] == ("BN" if norm in ("RefBN", "FrozenBN") else norm)
+    assert set(taken.values()) == set(backbones), "pretrained for nothing"
     assert todo["export"].command[2] == "output/q/refbn/model_final.pth"
 
 
-def test_detectors_differ_in_their_norm_alone():
-    configs = {}
-    for step in steps("output/q", NO_CHANGES):
-        if step.name in ("refbn", "bn"):
-            cfg = get_cfg()
-            cfg.merge_from_file(get_config_file(settings(step)[0].removeprefix("configs/")))
-            cfg.OUTPUT_DIR = ""
-            configs[step.name] = cfg.dump()
-    assert configs["bn"] == configs["refbn"].replace("NORM: RefBN", "NORM: BN")
-    assert configs["bn"] != configs["refbn"]
+def test_detectors_differ_in_norm_and_backbone_alone():
+    detectors = [settings(step) for step in steps("output/q", NO_CHANGES) if step.name in NORMS]
+    assert len({config for config, _ in detectors}) == 1
+    assert {values.pop("MODEL.RESNETS.NORM") for _, values in detectors} == set(NORMS.values())
+    assert all(set(values) == {"MODEL.WEIGHTS", "OUTPUT_DIR"} for _, values in detectors)
+    cfg = get_cfg()
+    cfg.merge_from_file(get_config_file(detectors[0][0].removeprefix("configs/")))
+    assert cfg.SOLVER.IMS_PER_BATCH == 2 and cfg.DATALOADER.BATCH_COMPOSITION == "domain"
+    assert cfg.MODEL.FPN.NORM == cfg.MODEL.ROI_MASK_HEAD.NORM == ""
 
 
 def test_changes_stand_behind_the_rest():
@@ -202,7 +210,7 @@ def measured(tmp_path):
     todo, record = steps("output/q", NO_CHANGES), Record(tmp_path / "steps.json")
     for number, step in enumerate(todo):
         record.note(step, 60.0 * number, True, "res5  largest difference 1.5e-06 & <less>\n")
-    for number, name in enumerate([*RUNS, "pretrain_refbn", "pretrain_bn"], start=1):
+    for number, name in enumerate([*NORMS, *PRETRAINED], start=1):
         folder = tmp_path / name
         folder.mkdir()
         names = [f"{task}/{ap}" for task in ("bbox", "segm") for ap in ("AP", "AP50", "AP75")]
@@ -220,32 +228,31 @@ def test_report_shows_what_was_measured(measured):
     page = unescape(write_report(*measured).read_text())
     rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr.*?</tr>", page, re.S)]
     rows = [row for row in rows if row]
-    assert rows == [
-        ["RefBN, pretrained", "10.2", "11.2", "12.2", "13.2", "14.2", "15.2"],
-        ["BN, pretrained", "20.2", "21.2", "22.2", "23.2", "24.2", "25.2"],
-        ["RefBN, from scratch", "30.2", "31.2", "32.2", "33.2", "34.2", "35.2"],
-        ["RefBN", "46.2", "47.2"],
-        ["BN", "56.2", "57.2"],
-    ]
+    expected = []
+    for number, norm in enumerate(NORMS.values(), start=1):
+        expected.append([norm, *(f"{10 * number + i + 0.25:.1f}" for i in range(6))])
+    for number, norm in enumerate(PRETRAINED.values(), start=len(NORMS) + 1):
+        expected.append([norm, *(f"{10 * number + i + 0.25:.1f}" for i in (6, 7))])
+    assert rows == expected
     folder, todo, _ = measured
     commands = re.findall(r"<pre>(.*?)</pre>", page)
-    assert commands == [" ".join(["python", *step.command]).replace("WEIGHTS  ", "WEIGHTS '' ")
-                        for step in todo]  # fmt: skip
+    assert commands == [" ".join(["python", *step.command]) for step in todo]
     assert f"{sum(range(len(todo))):.1f}\nminutes" in page and "40 iterations" in page
-    assert page.count("1.5e-06 & <less>") == 3  # the conversions
+    assert page.count("1.5e-06 & <less>") == 1  # the export
     assert [p.name for p in folder.glob("*.html*")] == ["report.html"]
 
 
 def test_report_needs_no_other_file(measured):
     page = write_report(*measured).read_text()
     sources = re.findall(r'(?:src|href)="(.*?)"', page)
-    assert len(sources) == 5 and "url(" not in page and "@import" not in page
+    assert len(sources) == 3 + len(NORMS) and "url(" not in page and "@import" not in page
     prefix = "data:image/png;base64,"
     pictures = [base64.b64decode(source.removeprefix(prefix)) for source in sources]
     folder = measured[0]
-    files = ["finetuning.png", "refbn/samples.png", "pretraining.png", "bn/samples.png",
-             "scratch/samples.png"]  # fmt: skip
-    assert pictures == [(folder / file).read_bytes() for file in files]
+    files = ["norms.png", "finetuning.png", "pretraining.png"]
+    files += [f"{name}/samples.png" for name in NORMS]
+    assert sorted(pictures) == sorted((folder / file).read_bytes() for file in files)
+    assert pictures[0] == (folder / "norms.png").read_bytes()  # leads
 
 
 # ---- the tool
@@ -273,6 +280,6 @@ def test_the_tool_from_end_to_end(tmp_path):
     assert "refbn_d2.engines --resume" in second.stdout
     assert "refbn_d2.pretrain" not in second.stdout
     page = (out / "report.html").read_text()
-    for name in RUNS:
+    for name in NORMS:
         last = (out / name / "metrics.json").read_text().splitlines()[-1]
         assert f"<td>{json.loads(last)['bbox/AP']:.1f}</td>" in page
