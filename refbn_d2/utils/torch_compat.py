@@ -121,11 +121,12 @@ def join(context: ProcessContext, grace_period: float) -> bool:
 
 
 def destroy_process_group() -> None:
-    """Call torch.distributed.destroy_process_group().
+    """Call torch.distributed.destroy_process_group() (2.9).
 
-    Torch 2.0 holds the interpreter's lock while it waits for its threads, of which one may need the
-    lock to free the tensors of the last collective. Then they wait for each other forever.
+    Before pytorch#154976 (June 2025) torch holds the interpreter's lock while it waits for its
+    threads, of which one may need the lock to free the tensors of the last collective. Then they
+    wait for each other forever.
     """
-    if torch_version() < (2, 1):
+    if torch_version() < (2, 9):
         time.sleep(0.1)  # without the lock
     dist.destroy_process_group()
