@@ -51,6 +51,7 @@ def _add_model(cfg: CfgNode) -> None:
     model.EMA.DECAY = 0.9998  # per step
     model.EMA.WARMUP = False  # a lower decay at the beginning
     add_refbn_model_config(cfg)
+    cfg.MODEL.REFBN.REFRESH = "concat"  # RefIN too: a static one learns later
 
 
 def _add_data(cfg: CfgNode) -> None:

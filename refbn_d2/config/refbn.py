@@ -16,7 +16,7 @@ from refbn_d2.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-REFRESHES = ("static", "full", "slice", "concat")
+REFRESHES = ("auto", "static", "full", "slice", "concat")
 REFERENCES = ("dataset", "checkpoint")
 LAYER_OPTIONS = ("reference_weight", "weighting", "gradient", "prior_count")  # of the layers
 
@@ -37,7 +37,7 @@ class RefBNOptions:
     gradient: str | None = GRADIENT  # training batch's backward: "pooled", "batch" or "reference"
     prior_count: float | None = PRIOR_COUNT  # RefIN: n_0 in w = n_0 / (n_0 + H W)
     reference: str = "dataset"  # captured on DATASETS.TRAIN; "checkpoint": from MODEL.WEIGHTS
-    refresh: str = "concat"  # how its moments are refreshed: "static", "full", "slice", "concat"
+    refresh: str = "auto"  # how its moments are refreshed: one of REFRESHES
     refresh_period: int = 4  # steps between refreshes
     slice_size: int = 8  # "slice", "concat": reference images per refresh, over all workers
     slice_momentum: float = 0.25  # weight of a slice's moments in their moving average, (0, 1]
@@ -64,13 +64,13 @@ class RefBNOptions:
         m = self.slice_momentum
         _require(_is_number(m) and 0 < m <= 1, "SLICE_MOMENTUM", m, "a number in (0, 1]")
         _require(
-            self.slice_size <= self.num_images or self.refresh not in ("slice", "concat"),
+            self.slice_size <= self.num_images or self.refresh in ("static", "full"),
             "SLICE_SIZE",
             self.slice_size,
             f"at most MODEL.REFBN.NUM_IMAGES = {self.num_images} with REFRESH {self.refresh!r}",
         )
         _require(
-            self.gradient != "reference" or self.refresh == "concat",
+            self.gradient != "reference" or self.refresh in ("auto", "concat"),
             "GRADIENT",
             self.gradient,
             "only with MODEL.REFBN.REFRESH 'concat' (the gradient needs the reference in the "

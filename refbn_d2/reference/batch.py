@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from refbn_d2.config import RefBNOptions
 from refbn_d2.config.refbn import LAYER_OPTIONS
-from refbn_d2.layers import Moments, Recording, ReferenceNorm, refbn_layers
+from refbn_d2.layers import Moments, Recording, RefBatchNorm2d, ReferenceNorm, refbn_layers
 from refbn_d2.reference.inputs import (
     Inputs,
     Sample,
@@ -46,6 +46,7 @@ class ReferenceBatch:
     `options.refresh` says how the moments are refreshed, `options.refresh_period` every how many
     steps (equations: `docs/algorithm.md`):
 
+        "auto"    "concat"; "slice" where nothing can be appended; "static" if all layers are RefIN.
         "static"  never: they are captured once, before training.
         "full"    the whole batch is captured again.
         "slice"   the next `slice_size` images run through the model without gradient. Their
@@ -64,8 +65,8 @@ class ReferenceBatch:
         images: the reference images: a tensor (N, C, H, W), normalized as in training, or a list of
             samples as the model takes them in training (dicts with "image" for Detectron2,
             (image, target) for torchvision's detectors), or (image, label) of a classification set.
-        options: by default those of `RefBNOptions`, with `num_images` the number of `images`, each
-            layer's own weight and gradient, and "slice" if nothing can be appended.
+        options: by default those of `RefBNOptions`, with `num_images` the number of `images`, and
+            each layer's own weight and gradient.
         forward: runs the model on a list of samples, under autocast if training does. It is called
             in training mode and without gradient. What it returns is not used.
         identity: what `select_reference` returned; by default a fingerprint of the images.
@@ -107,7 +108,9 @@ class ReferenceBatch:
             self._inputs = Inputs(forward, concat_to, rows)
         else:
             self._inputs = infer_inputs(model, self.samples, concat_to, rows)
-        self.options = options or _default_options(len(self.samples), self._inputs)
+        self.options = options or _default_options(len(self.samples))
+        if self.options.refresh == "auto":
+            self.options = replace(self.options, refresh=self._best_refresh())
         if identity is None:
             identity = identity_of_samples(self.samples)
         check_same_on_all_workers(identity)
@@ -132,6 +135,11 @@ class ReferenceBatch:
                 )
             inside = {layer for _, layer in refbn_layers(self._inputs.concat_to)}
             self._concat_layers = {n: m for n, m in self._layers.items() if m in inside}
+
+    def _best_refresh(self) -> str:
+        if not any(isinstance(layer, RefBatchNorm2d) for layer in self._layers.values()):
+            return "static"
+        return "concat" if self._inputs.can_concat else "slice"
 
     def begin(self) -> None:
         """Give every layer its reference before the first step of a run, by `options.reference`.
@@ -366,15 +374,10 @@ class ReferenceBatch:
         return recorded
 
 
-def _default_options(num_images: int, inputs: Inputs) -> RefBNOptions:
+def _default_options(num_images: int) -> RefBNOptions:
     layers_own: dict[str, Any] = dict.fromkeys(LAYER_OPTIONS)
-    options = RefBNOptions(**layers_own)
-    return replace(
-        options,
-        refresh=options.refresh if inputs.can_concat else "slice",
-        slice_size=min(options.slice_size, num_images),
-        num_images=num_images,
-    )
+    slice_size = min(RefBNOptions.slice_size, num_images)
+    return RefBNOptions(**layers_own, slice_size=slice_size, num_images=num_images)
 
 
 def _take_recorded(layers: dict[str, ReferenceNorm]) -> dict[str, Moments | None]:

@@ -1,6 +1,7 @@
 """Write the report of a study, and docs/results.md from committed results.
 
-    python -m refbn_d2.study.report docs/results/*.csv --output docs/results.md
+    python -m refbn_d2.study.report docs/results/*.csv --answers docs/results/answers.md \
+        --output docs/results.md
 
 A YAML file with the same name as a CSV gives its title, text, baseline and commands. A study writes
 it as `results.yaml`, next to `results.csv`.
@@ -141,7 +142,8 @@ def grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 HEADER = """# Results
 
-<!-- Made by `python -m refbn_d2.study.report docs/results/*.csv --output docs/results.md`. -->
+<!-- Made by `python -m refbn_d2.study.report docs/results/*.csv --answers docs/results/answers.md
+--output docs/results.md`. -->
 
 Each row of `docs/results/*.csv` has the command that makes its number. [Measuring](measuring.md)
 explains the metrics. "± x" is half of the 95 % t interval of the mean over n seeds. A difference is
@@ -150,9 +152,9 @@ paired t test, and "Holm" is p corrected for all comparisons in its table.
 """
 
 
-def results_page(files: Sequence[Path]) -> str:
-    """Return the text of docs/results.md."""
-    parts = [HEADER]
+def results_page(files: Sequence[Path], answers: str = "") -> str:
+    """Return the text of docs/results.md; `answers`, in Markdown, stand before the tables."""
+    parts = [HEADER, answers] if answers else [HEADER]
     for file in files:
         rows = read_csv(file)
         parts.append(markdown(rows, about_of(file, rows)))
@@ -231,10 +233,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("csv", nargs="*", type=Path, help="results of studies")
+    p.add_argument("--answers", type=Path, help="Markdown that stands before the tables")
     p.add_argument("--output", type=Path, required=True, help="for example docs/results.md")
-    run_or_exit(
-        lambda args: write_text(args.output, results_page(sorted(args.csv))), p.parse_args()
-    )
+
+    def run(args: argparse.Namespace) -> None:
+        answers = args.answers.read_text() if args.answers else ""
+        write_text(args.output, results_page(sorted(args.csv), answers))
+
+    run_or_exit(run, p.parse_args())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ Estimated = tuple[float, tuple[float, float] | None]  # mean, interval
 def plot_intervals(
     groups: Mapping[str, Mapping[str, Estimated]], title: str, path: str | os.PathLike
 ) -> None:
-    """Draw one panel a group, one line a name: a dot at the mean, and a bar over the interval.
+    """Draw one panel a group, a line a name: a dot at the mean, its value, a bar over the interval.
 
     Args:
         groups: {panel: {name: (mean, interval or None)}}; a name may miss in a panel.
@@ -37,6 +37,7 @@ def plot_intervals(
             if interval:
                 ax.plot(interval, (y, y), color=colors[name], linewidth=2, alpha=0.45)
             ax.plot([mean], [y], "o", color=colors[name], markersize=6)
+            ax.text(mean, y - 0.2, f"{mean:.3g}", fontsize=8, color=INK, ha="center", va="bottom")
         ax.set_title(panel, loc="left", fontsize=10, fontweight="bold", color=INK)
         ax.set_xlabel(title, fontsize=9, color=FAINT)
         ax.set_yticks(range(len(names)), names)

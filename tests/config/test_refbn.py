@@ -13,7 +13,7 @@ DEFAULTS = {
     "gradient": "batch",
     "prior_count": 64.0,
     "reference": "dataset",
-    "refresh": "concat",
+    "refresh": "auto",
     "refresh_period": 4,
     "slice_size": 8,
     "slice_momentum": 0.25,

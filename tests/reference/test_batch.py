@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from refbn_d2.layers import Moments, Recording, RefBatchNorm2d, refbn_layers
+from refbn_d2.layers import (
+    Moments,
+    Recording,
+    RefBatchNorm2d,
+    RefInstanceNorm2d,
+    refbn_layers,
+)
 from refbn_d2.reference.batch import ReferenceBatch
 from tests.reference.helpers import OPTIONS, Detector, images, make, stack, train
 
@@ -159,6 +165,19 @@ def test_no_layer_or_nothing_to_append_to():
         ReferenceBatch(nn.Conv2d(3, 3, 1), images(7, 6), OPTIONS)
     with pytest.raises(ValueError, match='use "slice"'):
         ReferenceBatch(Detector(), images(7, 6), replace(OPTIONS, refresh="concat"), forward=print)
+
+
+def test_auto_is_static_for_refin_alone_and_appends_where_it_can():
+    _, reference = make("auto")
+    assert reference.options.refresh == "concat"
+    options = replace(OPTIONS, refresh="auto")
+    reference = ReferenceBatch(Detector(), images(7, 6), options, forward=print)
+    assert reference.options.refresh == "slice"
+    model = Detector()
+    model.head[1] = RefInstanceNorm2d(5)
+    assert make("auto", model=model)[1].options.refresh == "concat"
+    model.backbone[1] = RefInstanceNorm2d(4)
+    assert make("auto", model=model)[1].options.refresh == "static"
 
 
 def test_layer_that_the_reference_does_not_reach_is_named(caplog):
