@@ -18,7 +18,7 @@ from refbn_d2.config import CfgNode
 from refbn_d2.engines.torchvision.modeling.backbone import build_backbone
 from refbn_d2.engines.torchvision.supported import check_supported
 from refbn_d2.export.verify import compare, load, model_config, resnet_config, resnet_state
-from refbn_d2.layers import fold
+from refbn_d2.layers import RefInstanceNorm2d, fold
 from refbn_d2.utils.extras import needs
 from refbn_d2.utils.torch_compat import need_torch
 
@@ -74,6 +74,8 @@ def _images(n: int, rows: int, columns: int) -> Tensor:
 
 def _onnx(model: nn.Module) -> tuple[bytes, Program | None]:
     need_torch("Writing ONNX", 2, 6)
+    if any(isinstance(module, RefInstanceNorm2d) for module in model.modules()):
+        need_torch("Writing RefIN to ONNX", 2, 8)
     from torch.export import Dim  # since torch 2.1
 
     with needs("onnx"):  # torch.onnx.export needs both

@@ -56,7 +56,9 @@ def test_the_program_computes_what_torchvisions_model_does(resnet18, to, size):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("to", PROGRAMS)
+@pytest.mark.parametrize(
+    "to", [pytest.param("onnx", marks=needs("torch", 2, 8, "RefIN to ONNX")), "torchscript"]
+)
 def test_refin_stays_and_takes_images_of_any_size(resnet18, to):
     """The program's weight of the reference follows the image's size."""
     before = identify({"model": resnet18.state_dict()}, "a.pth")

@@ -201,7 +201,7 @@ def test_capture_in_another_model_is_refused():
         reference_of(Net()).capture(other)
 
 
-@needs("torch", 2, 6, "FSDP2")
+@needs("torch", 2, 7, "FSDP2 on the CPU")
 @pytest.mark.parametrize("precision", ["policy", "module"])
 @pytest.mark.parametrize("refresh", ["slice", "concat"])
 def test_fsdp2_with_parameters_in_bfloat16(refresh, precision, free_port):
