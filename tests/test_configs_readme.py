@@ -13,7 +13,7 @@ def test_the_readme_counts_what_the_folders_hold():
         bases = sum(name.startswith("Base-") for name in files)
         found[folder.name] = (len(files) - bases, bases)
     said = re.findall(
-        r"^- \*\*`([\w-]+)/`\*\* \((\d+) configs(?:, (\d+) bases)?\)",
+        r"^- \*\*`([\w-]+)/`\*\* \((\d+) configs?(?:, (\d+) bases)?\)",
         (CONFIGS / "README.md").read_text(),
         re.MULTILINE,
     )

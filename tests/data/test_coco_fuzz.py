@@ -39,7 +39,10 @@ def _places(node, path=()):
 def mutated(draw):
     content = copy.deepcopy(coco())
     for _ in range(draw(st.integers(1, 4))):
-        path = draw(st.sampled_from([p for p in _places(content) if p]))
+        places = [place for place in _places(content) if place]
+        if not places:  # all was deleted
+            break
+        path = draw(st.sampled_from(places))
         parent = content
         for key in path[:-1]:
             parent = parent[key]
