@@ -55,4 +55,5 @@ def _cut(axes, groups: Mapping[str, Mapping[str, Estimated]]) -> None:
     """Show the means: an interval of two seeds may be ten times as wide, and is cut off."""
     means = [mean for group in groups.values() for mean, _ in group.values()]
     room = 1.0 * (max(means) - min(means)) or 0.1 * abs(means[0]) or 1.0
-    axes[0].set_xlim(min(means) - room, max(means) + room)
+    left = min(means) - room
+    axes[0].set_xlim(max(left, 0) if min(means) >= 0 else left, max(means) + room)
