@@ -1,6 +1,6 @@
-"""Pretrain a backbone with RefBN and with BN, convert it, fine-tune Mask R-CNN, write a report.
+"""Pretrain backbones, fine-tune Mask R-CNN with five norms on two similar pictures a step, report.
 
-Takes about ten minutes on two CPU cores. If it is interrupted, the same command resumes it.
+Takes about twelve minutes on two CPU cores. If it is interrupted, the same command resumes it.
 """
 
 import argparse

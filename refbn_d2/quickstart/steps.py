@@ -28,6 +28,11 @@ from refbn_d2.visualization.intervals import plot_intervals
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
+BACKBONES = (  # name, norm, text
+    ("bn", "BN", "Three of the detectors start from it."),
+    ("refin", "RefIN", "The same recipe with RefIN, for the detector with RefIN."),
+    ("gn", "GN", "The same recipe with GroupNorm, for the detector with GN."),
+)
 DETECTORS = (  # name, norm, backbone, text
     (
         "refin", "RefIN", "refin",
@@ -81,11 +86,7 @@ def steps(out: str, changes: dict[str, list[str]]) -> list[Step]:
             ("-m", "refbn_d2.data.shapes", "--classification"), 1,
         ),
     ]  # fmt: skip
-    for name, norm, text in (
-        ("bn", "BN", "Three of the detectors start from it."),
-        ("refin", "RefIN", "The same recipe with RefIN, for the detector with RefIN."),
-        ("gn", "GN", "The same recipe with GroupNorm, for the detector with GN."),
-    ):
+    for name, norm, text in BACKBONES:
         folder = f"{out}/pretrain_{name}"
         listed.append(
             Step(
@@ -250,8 +251,8 @@ def _typed(command: Iterable[str]) -> str:
 
 # ---- the report
 
+PRETRAINED = {f"pretrain_{name}": norm for name, norm, _ in BACKBONES}
 NORMS = {name: norm for name, norm, *_ in DETECTORS}
-PRETRAINED = {"pretrain_bn": "BN", "pretrain_refin": "RefIN", "pretrain_gn": "GN"}
 
 
 def write_report(folder: Path, todo: list[Step], record: Record) -> Path:
