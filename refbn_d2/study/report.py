@@ -89,7 +89,7 @@ def markdown(rows: Sequence[Row], about: About, level: int = 2) -> str:
     if about.command:
         parts.append(f"Made by `{about.command}`. Each row of the CSV has its own command.")
     for table in all_tables(rows, about.baseline):
-        if "~" not in table.metric:  # single corruptions are in the CSV
+        if not {"~", "@"} & set(table.metric):  # single corruptions and domains are in the CSV
             parts += [f"{sharp}# {table.metric}: {meaning(table.metric)}", *_tables(table)]
     parts += _costs(rows, sharp)
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -146,9 +146,10 @@ HEADER = """# Results
 --output docs/results.md`. -->
 
 Each row of `docs/results/*.csv` has the command that makes its number. [Measuring](measuring.md)
-explains the metrics. "± x" is half of the 95 % t interval of the mean over n seeds. A difference is
-the mean over pairs of runs with the same seed, with its 95 % interval. p is the p-value of the
-paired t test, and "Holm" is p corrected for all comparisons in its table.
+explains the metrics; those of single domains and corruptions are in the CSV only. "± x" is half of
+the 95 % t interval of the mean over n seeds. A difference is the mean over pairs of runs with the
+same seed, with its 95 % interval. p is the p-value of the paired t test, and "Holm" is p corrected
+for all comparisons in its table.
 """
 
 
