@@ -74,13 +74,13 @@ def _images(n: int, rows: int, columns: int) -> Tensor:
 
 def _onnx(model: nn.Module) -> tuple[bytes, Program | None]:
     need_torch("Writing ONNX", 2, 6)
-    if any(isinstance(module, RefInstanceNorm2d) for module in model.modules()):
-        need_torch("Writing RefIN to ONNX", 2, 8)
     from torch.export import Dim  # since torch 2.1
 
     with needs("onnx"):  # torch.onnx.export needs both
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
+    if any(isinstance(module, RefInstanceNorm2d) for module in model.modules()):
+        need_torch("Writing RefIN to ONNX", 2, 8)
     names = list(model.strides)
     sizes = {0: Dim("n"), 2: STRIDE * Dim("h"), 3: STRIDE * Dim("w")}
     program = torch.onnx.export(
