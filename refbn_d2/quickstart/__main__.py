@@ -1,4 +1,4 @@
-"""Pretrain backbones, fine-tune Mask R-CNN with five norms on two similar pictures a step, report.
+"""Compare five norms in Mask R-CNN, trained on two similar pictures a step, and write a report.
 
 Takes about twelve minutes on two CPU cores. If it is interrupted, the same command resumes it.
 """
