@@ -185,7 +185,7 @@ def names(pattern):
 def test_norm_variants_differ_in_the_norm_alone(kind, scratch):
     prefix = f"scratch_{kind}_R_50_FPN_4conv1fc_3x" if scratch else f"{kind}_R_50_FPN_4conv1fc_1x"
     compared = names(rf"COCO-Norms/{prefix}_\w+\.yaml")
-    expected = {"refbn", "bn", "syncbn", "gn", "refbn_backbone"}
+    expected = {"refbn", "bn", "syncbn", "gn", "refbn_backbone", "refin_backbone"}
     expected |= set() if scratch else {"frozenbn_backbone"}
     assert {Path(name).stem.removeprefix(f"{prefix}_") for name in compared} == expected
     norms = {}
@@ -201,7 +201,7 @@ def test_norm_variants_differ_in_the_norm_alone(kind, scratch):
     assert len(set(norms.values())) == len(norms)
 
 
-@pytest.mark.parametrize("norm", ["refbn", "bn", "gn"])
+@pytest.mark.parametrize("norm", ["refbn", "refin_backbone", "bn", "gn"])
 def test_batch_sizes_see_the_same_images(norm):
     for images in (1, 2, 4):
         cfg = load(f"COCO-BatchSize/mask_rcnn_R_50_FPN_4conv1fc_1x_{norm}_{images}im.yaml")

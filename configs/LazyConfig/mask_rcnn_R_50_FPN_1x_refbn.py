@@ -13,6 +13,6 @@ model.input_format = dataloader.train.mapper.image_format = "RGB"
 model.pixel_mean = [123.675, 116.28, 103.53]
 model.pixel_std = [58.395, 57.12, 57.375]
 
-refbn = dict(refresh="concat")  # more keys of MODEL.REFBN go here, in lower case
+refbn = dict(refresh="auto")  # more keys of MODEL.REFBN go here, in lower case
 train.init_checkpoint = "output/pretrain/resnet50_refbn/backbone.pkl"
 train.output_dir = "./output/mask_rcnn_R_50_FPN_1x_refbn"

@@ -61,9 +61,9 @@ def load_weights(
 
     Raises:
         CheckpointError: nothing fits; the file and the model have different architectures
-            (`resnets.recognize_unsupported`); one has RefIN where the other has a norm with running
-            statistics; over 5 % of the model's backbone tensors are not in the file, or over 5 % of
-            the file's not in the model; or a tensor cannot be a weight (`tensors.check_weight`).
+            (`resnets.recognize_unsupported`); one has RefIN where the other has another norm; over
+            5 % of the model's backbone tensors are not in the file, or over 5 % of the file's not
+            in the model; or a tensor cannot be a weight (`tensors.check_weight`).
     """
     target = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     given = list(state)
@@ -169,14 +169,15 @@ def _check_form(
     target: Mapping[str, Tensor],
     allow_partial: bool,
 ) -> None:
-    """Tell RefIN from the norms with running statistics, which have tensors of the same names."""
+    """Tell RefIN from the other norms, which have tensors of the same names."""
 
-    def forms(names: Iterable[str]) -> dict[str, bool]:
-        means = [name for name in names if name.endswith((".ref_mean", ".running_mean"))]
-        return {(layer := n.rpartition(".")[0]): f"{layer}.running_mean" in names for n in means}
+    def refin(names: Iterable[str]) -> set[str]:
+        layers = {name.rpartition(".")[0] for name in names if name.endswith(".ref_mean")}
+        return {layer for layer in layers if f"{layer}.running_mean" not in names}
 
-    theirs, ours = forms(state), forms(target)
-    wrong = [layer for layer in ours if theirs.get(layer, ours[layer]) != ours[layer]]
+    differing = refin(state) ^ refin(target)
+    both = [name.rpartition(".")[0] for name in target if name in state and name.endswith("weight")]
+    wrong = [layer for layer in both if layer in differing]
     if not wrong:
         return
 

@@ -27,7 +27,9 @@ def find_pictures(folder: str | os.PathLike) -> list[Path]:
     found = [
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     if not found:
         raise DataError(f"{folder} has no pictures. Known are {', '.join(SUFFIXES)}.")

@@ -11,6 +11,7 @@ from refbn_d2.engines.torchvision.supported import value_of
 from refbn_d2.export.programs import export
 from refbn_d2.export.targets import TARGETS
 from refbn_d2.export.verify import verify
+from refbn_d2.layers.functional import PRIOR_COUNT
 from refbn_d2.utils.errors import CheckpointError
 from refbn_d2.utils.file_io import write_bytes
 
@@ -58,7 +59,13 @@ def convert_file(
     if exports:
         data, table = export(after, to, cfg)
         write_bytes(target, data)
-        return f"{target}: the backbone of {source} as {to}\n{table}"
+        lines = [f"{target}: the backbone of {source} as {to}", table]
+        if "RefIN" in after.norms.values() and cfg is None:
+            lines.append(
+                f"No checkpoint holds RefIN's MODEL.REFBN.PRIOR_COUNT: {PRIOR_COUNT} was taken. If "
+                "the model was trained with another one, give --config-file."
+            )
+        return "\n".join(lines)
     tables = [verify(before, after, cfg)] if check else []
     save_checkpoint(pack(state, to, target.suffix), target)
     return "\n".join([_about(before, after, target), *tables])

@@ -64,7 +64,7 @@ def _backbone(contents: Contents, cfg: CfgNode | None) -> nn.Module:
     else:
         cfg, state = resnet_config(contents, cfg), resnet_state(contents)
         cfg.MODEL.RESNETS.OUT_FEATURES.remove("stem")
-    return load(build_backbone(cfg), contents, state)
+    return load(build_backbone(cfg), contents, state, cfg)
 
 
 def _images(n: int, rows: int, columns: int) -> Tensor:

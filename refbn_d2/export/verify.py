@@ -17,7 +17,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from refbn_d2.checkpoint.convert import TORCHVISION_INPUT, Contents
 from refbn_d2.checkpoint.loading import EXPENDABLE
 from refbn_d2.checkpoint.resnets import BLOCKS
-from refbn_d2.config import CfgNode, get_cfg
+from refbn_d2.config import CfgNode, apply_options, get_cfg, refbn_options
 from refbn_d2.config.cfg_node import leaves
 from refbn_d2.data.shapes.drawing import draw_detection
 from refbn_d2.engines.torchvision.modeling import build_model
@@ -110,8 +110,10 @@ def resnet_config(contents: Contents, cfg: CfgNode | None = None) -> CfgNode:
     return cfg
 
 
-def load(model: nn.Module, contents: Contents, state: dict[str, Tensor]) -> nn.Module:
+def load(model: nn.Module, contents: Contents, state: dict[str, Tensor], cfg: CfgNode) -> nn.Module:
     """Return `model` in eval mode with `state`; its BN becomes the RefBN or RefIN of `contents`.
+
+    RefIN's n_0, which no checkpoint holds, is that of `cfg`.
 
     Raises:
         CheckpointError: a name or a shape differs.
@@ -119,6 +121,7 @@ def load(model: nn.Module, contents: Contents, state: dict[str, Tensor]) -> nn.M
     for name, norm in (("RefBN", RefBatchNorm2d), ("RefIN", RefInstanceNorm2d)):
         if name in contents.norms.values():
             model = convert_to_refbn(model, norm)
+    apply_options(model, refbn_options(cfg))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -149,7 +152,7 @@ def _resnet(contents: Contents, cfg: CfgNode | None) -> tuple[str, Outputs]:
             model = detectron2.modeling.build_backbone(_detectron2_config(cfg), shape)
         else:
             model = build_backbone(cfg)
-        return f"{_whose(detectron2)} {what}", load(model, contents, state)(image[None])
+        return f"{_whose(detectron2)} {what}", load(model, contents, state, cfg)(image[None])
 
     norm = norm_factory(cfg.MODEL.RESNETS.NORM, cfg.MODEL.DEVICE)
     model = ResNet(
@@ -160,7 +163,7 @@ def _resnet(contents: Contents, cfg: CfgNode | None) -> tuple[str, Outputs]:
         norm_layer=lambda channels: norm(channels) or nn.Identity(),
     )
     model.fc = nn.Identity()
-    load(model, contents, state)
+    load(model, contents, state, cfg)
     x = model.maxpool(model.relu(model.bn1(model.conv1(image[None]))))
     maps = {"stem": x}
     for stage in range(1, 5):
@@ -178,7 +181,7 @@ def _detector(contents: Contents, cfg: CfgNode) -> tuple[str, Outputs]:
     else:
         check_supported(cfg)
         model = build_model(cfg)
-    load(model, contents, state)
+    load(model, contents, state, cfg)
     outputs: Outputs = {}
     model.backbone.register_forward_hook(lambda module, images, maps: outputs.update(maps))
     found = model([{"image": _picture().byte(), "height": PICTURE[0], "width": PICTURE[1]}])[0]

@@ -235,16 +235,15 @@ def ref_instance_norm(
     Returns:
         (N, C, H, W) in x's dtype.
 
-    Raises:
-        ValueError: x requires gradients, H W = 1 and n_0 = 0.
     """
     n, c, height, width = x.shape
-    with_kernels = x.requires_grad and not (torch.jit.is_tracing() or is_compiling())
-    if with_kernels and not x.numel():  # every parameter stays in the graph, with gradient zero
+    traced = torch.jit.is_tracing() or is_compiling()
+    if not traced and not x.numel():  # every parameter stays in the graph, with gradient zero
         weight, bias = in_dtype_of(ref_mean, weight, bias)
         return F.batch_norm(x, ref_mean, ref_var, weight, bias, eps=eps)
     w = prior_count / (prior_count + height * width)
-    if with_kernels:  # those of BatchNorm, on one image with N C channels
+    # The kernels refuse a single element without a prior.
+    if x.requires_grad and not traced and (w > 0 or height * width > 1):
         y = ref_batch_norm(
             x.reshape(1, n * c, height, width),
             ref_mean.repeat(n),

@@ -4,6 +4,7 @@
 what RefInstanceNorm2d gains and costs beside RefBatchNorm2d.
 """
 
+import torch
 from torch import Tensor, nn
 
 from refbn_d2.layers.functional import (
@@ -48,8 +49,8 @@ class RefInstanceNorm2d(ReferenceNorm, nn.InstanceNorm2d):
         prior_count: n_0 >= 0, in elements of a channel.
 
     Raises:
-        ValueError: `prior_count` is not a number >= 0; or a forward pass in training has
-            n_0 = 0 and H W = 1.
+        ValueError: `prior_count` is not a number >= 0; a forward pass has an input of another
+            shape than (N, num_features, H, W), or, in training, n_0 = 0 and H W = 1.
     """
 
     def __init__(
@@ -76,10 +77,19 @@ class RefInstanceNorm2d(ReferenceNorm, nn.InstanceNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if is_traced(x) and type(self).forward is RefInstanceNorm2d.forward:
             return self._call_traced(x)
+        if not torch.jit.is_tracing():
+            self._check_input_dim(x)
         mean, var = self.ref_mean, self.ref_var
         if self.training and x.numel():
             mean, var = self._reference_of(x)
         return ref_instance_norm(x, mean, var, self.weight, self.bias, self.prior_count, self.eps)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        shape = tuple(input.shape)
+        if len(shape) != 4 or shape[1] != self.num_features:
+            raise ValueError(f"Expected the shape (N, {self.num_features}, H, W), got {shape}")
+        if self.training and self.prior_count == 0 and shape[2:] == (1, 1):
+            raise ValueError(f"Expected more than 1 value per channel when training, got {shape}")
 
     def _reference_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the reference's moments for a training batch, and record what is asked for."""

@@ -7,7 +7,7 @@
     training loaders            read DATALOADER.BATCH_COMPOSITION
     build_model                 sets the layers by MODEL.REFBN, links CBN and MABN to their
                                 convolutions, and registers DATASETS.REGISTER
-    config defaults             have MODEL.REFBN and DATASETS.REGISTER
+    config defaults             have MODEL.REFBN, DATASETS.REGISTER and the other new keys
     TrainerBase.register_hooks  adds a `ReferenceBatchHook` if the model has RefBN
     DatasetCatalog              knows `shapes_train` and the other shapes
 

@@ -99,8 +99,9 @@ def write_backbone(
             "PIXEL_MEAN": list(cfg.MODEL.PIXEL_MEAN),
             "PIXEL_STD": list(cfg.MODEL.PIXEL_STD),
             "RESNETS": {**resnets, "NORM": norm, "STRIDE_IN_1X1": False},
-            # In frozen stages RefBN could not adapt to the detector's data.
-            **({"BACKBONE": {"FREEZE_AT": 0}} if norm == "RefBN" else {}),
+            # In frozen stages they could not adapt to the detector's data.
+            **({"BACKBONE": {"FREEZE_AT": 0}} if norm in ("RefBN", "RefIN") else {}),
+            **({"REFBN": {"PRIOR_COUNT": cfg.MODEL.REFBN.PRIOR_COUNT}} if norm == "RefIN" else {}),
         },
         "INPUT": {"FORMAT": "RGB"},
     }

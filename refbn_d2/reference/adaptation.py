@@ -68,10 +68,11 @@ def adapt_reference(
 
     before = {m: {k: t.clone() for k, t in m.state_dict().items()} for m in layers.values()}
 
-    def mix_in(layer: ReferenceNorm, inputs: tuple[Tensor, ...]) -> None:
-        if inputs[0].numel() == 0:
+    def mix_in(layer: ReferenceNorm, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        (x,) = (*args, *kwargs.values())
+        if x.numel() == 0:
             return
-        layer.accumulate(inputs[0])
+        layer.accumulate(x)
         new, old = layer.recorded_moments, before[layer]
         assert new is not None
         kind = "running" if isinstance(layer, RefBatchNorm2d) else "ref"
@@ -82,7 +83,7 @@ def adapt_reference(
             layer.running_var.copy_(var)
 
     training = {module: module.training for module in model.modules()}
-    hooks = [layer.register_forward_pre_hook(mix_in) for layer in layers.values()]
+    hooks = [layer.register_forward_pre_hook(mix_in, with_kwargs=True) for layer in layers.values()]
     for layer in layers.values():
         layer.stop_recording()
     try:

@@ -106,6 +106,18 @@ def test_refin_and_batch_norms_do_not_load_into_each_other(other, caplog):
     assert_same(refin.state_dict(), before)
 
 
+def test_refin_and_gn_do_not_load_into_each_other():
+    """They have weight and bias alike, and only RefIN has a reference."""
+    gn, refin = randomised(Detector("GN")), randomised(Detector("RefIN"), seed=2)
+    with pytest.raises(CheckpointError, match="is GN in the file and RefIN in the model"):
+        load_weights(refin, gn.state_dict(), "a.pth")
+    with pytest.raises(CheckpointError, match=r"is RefIN in the file and GN in the model"):
+        load_weights(gn, refin.state_dict(), "a.pth")
+    partly = {n: t for n, t in refin.state_dict().items() if "ref_" not in n or "res2" not in n}
+    with pytest.raises(CheckpointError, match="and RefIN in the model"):
+        load_weights(refin, partly, "a.pth")
+
+
 def imagenet_names(model):
     """Return the backbone's state under torchvision's names, with a classifier."""
     renamed = {"fc.weight": torch.ones(10, 4)}

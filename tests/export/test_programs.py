@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from refbn_d2.checkpoint.convert import convert_state, identify
+from refbn_d2.config import get_cfg
 from refbn_d2.export import programs as module
 from refbn_d2.export.programs import export
-from refbn_d2.layers import RefInstanceNorm2d, convert_to_refbn
+from refbn_d2.layers import RefInstanceNorm2d, convert_to_refbn, refbn_layers
 from refbn_d2.utils.errors import CheckpointError
 from tests.versions import needs
 
@@ -73,6 +74,21 @@ def test_refin_stays_and_takes_images_of_any_size(resnet18, to):
         found = run(data, to, images, list(expected))
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3)
+
+
+def test_refins_prior_count_is_the_configs(resnet18):
+    before = identify({"model": resnet18.state_dict()}, "a.pth")
+    contents = identify({"model": convert_state(before, "detectron2", "RefIN")}, "a.pth")
+    cfg, images = get_cfg(), torch.randn(1, 3, 64, 64)
+    cfg.MODEL.REFBN.PRIOR_COUNT, cfg.MODEL.RESNETS.STRIDE_IN_1X1 = 0.0, False
+    data, _ = export(contents, "torchscript", cfg)
+    model = convert_to_refbn(copy.deepcopy(resnet18), RefInstanceNorm2d).eval()
+    for _, layer in refbn_layers(model):
+        layer.prior_count = 0.0
+    with torch.no_grad():
+        expected = by_torchvision(model, images)
+    found = run(data, "torchscript", images, list(expected))
+    torch.testing.assert_close(found["res4"], expected["res4"], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("to", PROGRAMS)

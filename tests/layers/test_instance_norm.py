@@ -106,6 +106,28 @@ def test_one_element_without_a_prior_is_refused():
         layer_with_reference(prior_count=0)(batch(2, 3, 1, 1))
 
 
+def test_in_evaluation_one_element_without_a_prior_is_beta():
+    layer, x = layer_with_reference(prior_count=0).eval(), batch(2, 3, 1, 1)
+    torch.testing.assert_close(layer(x), layer.bias.view(1, 3, 1, 1).expand(2, 3, 1, 1))
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+@pytest.mark.parametrize("size", [(2, 3, 0, 4), (0, 3, 4, 5)])
+def test_empty_maps_give_zero_gradients(size, needs_grad):
+    layer = layer_with_reference(prior_count=0)
+    layer(torch.zeros(size, dtype=torch.double, requires_grad=needs_grad)).sum().backward()
+    assert layer.weight.grad.eq(0).all() and layer.bias.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("size", [(2, 1, 4, 4), (2, 4, 4, 4), (3, 4, 4), (2, 3, 4, 4, 4)])
+def test_inputs_of_another_shape_are_refused(size, training):
+    layer = RefInstanceNorm2d(3).train(training)
+    with pytest.raises(ValueError, match=r"\(N, 3, H, W\), got \(\d"):
+        layer(torch.ones(size))
+    assert not layer.has_reference()
+
+
 @pytest.mark.parametrize("count", [-1, float("nan"), float("inf"), "64", None])
 def test_other_prior_counts_are_refused(count):
     with pytest.raises(ValueError, match="prior_count"):

@@ -22,7 +22,8 @@ def pretrained(request, make_cfg, tmp_path_factory):
     cfg = make_cfg(tmp_path_factory.mktemp(request.param))
     cfg.merge_from_list(
         ["MODEL.NAME", "resnet18", "MODEL.NORM", request.param, "SOLVER.EPOCHS", 1,
-         "SOLVER.WARMUP_EPOCHS", 0, "MODEL.EMA.ENABLED", True, "MODEL.EMA.DECAY", 0.5,
+         "SOLVER.WARMUP_EPOCHS", 0, "MODEL.REFBN.PRIOR_COUNT", 32,
+         "MODEL.EMA.ENABLED", True, "MODEL.EMA.DECAY", 0.5,
          "MODEL.PIXEL_MEAN", [90.0, 100.0, 110.0], "MODEL.PIXEL_STD", [50.0, 60.0, 70.0]]
     )  # fmt: skip
     run_training(cfg, train, evaluate, FREE_IN_PRETRAINING, resume=False, eval_only=False)
@@ -62,7 +63,9 @@ def test_config_keys(pretrained):
     assert detector.INPUT.FORMAT == "RGB"
     assert list(detector.MODEL.PIXEL_MEAN) == [90.0, 100.0, 110.0]
     assert list(detector.MODEL.PIXEL_STD) == [50.0, 60.0, 70.0]
-    assert detector.MODEL.BACKBONE.FREEZE_AT == (0 if cfg.MODEL.NORM == "RefBN" else 2)
+    assert detector.MODEL.BACKBONE.FREEZE_AT == (0 if cfg.MODEL.NORM in ("RefBN", "RefIN") else 2)
+    if cfg.MODEL.NORM == "RefIN":
+        assert detector.MODEL.REFBN.PRIOR_COUNT == 32
     written = (folder / "backbone.yaml").read_text()
     log = (folder / "log.txt").read_text()
     assert yaml.safe_dump(yaml.safe_load(written), sort_keys=False) in log

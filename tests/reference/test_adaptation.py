@@ -81,6 +81,20 @@ def test_two_layers_by_hand(norm):
     np.testing.assert_allclose(model(images).detach().numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_a_norm_that_is_called_by_keyword():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = RefBatchNorm2d(2)
+
+        def forward(self, x):
+            return self.norm(x=x)
+
+    model, x = ByKeyword(), torch.randn(3, 2, 4, 4) + 5
+    adapt_reference(model, x, weight=1)
+    torch.testing.assert_close(model.norm.running_mean, x.mean((0, 2, 3)))
+
+
 def test_weight_1_forgets_the_old_moments():
     model = make(RefBatchNorm2d)
     adapt_reference(model, pictures(), 1)

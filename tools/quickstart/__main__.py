@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pretrain a backbone with RefBN and with BN, convert it, fine-tune Mask R-CNN, write a report."""
+"""Compare five norms in Mask R-CNN, trained on two similar images per step, and write a report."""
 
 from refbn_d2.quickstart.__main__ import main
 

@@ -32,7 +32,7 @@ _WAY_OUT = "call refbn_d2.reference.adapt_reference on Detectron2's own model"
 def run(args: argparse.Namespace) -> str:
     """Write the adapted checkpoint and a picture, and return a text about them.
 
-    If an error is raised, no checkpoint is written.
+    If an error is raised, nothing is written.
 
     Args:
         args: of `refbn_d2.engines.adapt`.
@@ -46,7 +46,10 @@ def run(args: argparse.Namespace) -> str:
         raise ConfigError(f"--prior-images is {args.prior_images}; allowed: 0 or more.")
     cfg = get_cfg()
     cfg.merge_from_file(args.config_file)
+    trained_on = cfg.DATASETS.REGISTER
     cfg.merge_from_list(args.opts)
+    if cfg.DATASETS.REGISTER != trained_on:  # both: the classes' names are the training set's
+        cfg.DATASETS.REGISTER = (*trained_on, *cfg.DATASETS.REGISTER)
     check_supported(cfg, _WAY_OUT)
     cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
     cfg.freeze()
@@ -68,11 +71,15 @@ def run(args: argparse.Namespace) -> str:
             "weight": weight,
             "seed": args.seed,
         }
-        _new_files(args.output)  # nobody has written them since
-        state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-        save_checkpoint({"model": state, "adapted": about}, output)
-        _draw(cfg, shown, before, _predict(model, shown), drawing)
         ap_after = evaluator(model) if evaluator else {}
+        state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+        _new_files(args.output)  # nobody has written them since
+        try:
+            _draw(cfg, shown, before, _predict(model, shown), drawing)
+            save_checkpoint({"model": state, "adapted": about}, output)
+        except BaseException:
+            drawing.unlink(missing_ok=True)
+            raise
     lines = [
         f"{output}: {args.weights}, adapted to {len(files)} pictures of {args.images}. They weigh "
         f"{weight:.3g} = {len(files)} / ({len(files)} + {args.prior_images}).",

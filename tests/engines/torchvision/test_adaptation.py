@@ -1,5 +1,6 @@
 """`refbn-adapt`: a trained detector meets a new camera. Small models with random weights."""
 
+import json
 import shutil
 import sys
 
@@ -107,6 +108,39 @@ def test_the_picture_shows_what_both_checkpoints_find(case, monkeypatch):
         assert not torch.equal(before["scores"], after["scores"])
 
 
+def test_a_new_test_set_has_the_classes_of_the_training(case, tiny_shapes, tmp_path, monkeypatch):
+    """DATASETS.REGISTER on the command line adds to that of the config."""
+    annotations, images = tiny_shapes / "shapes/annotations", tiny_shapes / "shapes/val"
+    content = json.loads((annotations / "instances_val.json").read_text())
+    names = [c["name"] for c in content["categories"]]
+    content["categories"].reverse()
+    for category in content["categories"]:
+        category["id"] = 100 - category["id"]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 100 - annotation["category_id"]
+    (tmp_path / "new.json").write_text(json.dumps(content))
+    mine = ("mine", str(annotations / "instances_val.json"), str(images))
+    words = case("DATASETS.REGISTER", (mine,), "DATASETS.TRAIN", ("mine",))
+    used = []
+    original = adaptation._evaluator
+    monkeypatch.setattr(adaptation, "_evaluator", lambda *a: used.append(original(*a)) or used[0])
+    new = f'[("new", "{tmp_path}/new.json", "{images}")]'
+    main(monkeypatch, [*words, "--evaluate", "DATASETS.REGISTER", new, "DATASETS.TEST", "['new']"])
+    assert list(used[0].datasets["new"].class_names) == names
+
+
+def test_if_the_picture_cannot_be_drawn_nothing_is_written(case, tmp_path, monkeypatch):
+    def full(*arguments):
+        arguments[-1].parent.mkdir()
+        arguments[-1].write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(adaptation, "_draw", full)
+    with pytest.raises(SystemExit, match="No space left"):
+        main(monkeypatch, case())
+    assert not any((tmp_path / "new").glob("*"))
+
+
 def test_the_seed_draws_the_pictures(case, tmp_path, monkeypatch):
     words = case()
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -209,6 +243,7 @@ def test_bad_input_is_one_line(break_it, more, message, case, tiny_shapes, tmp_p
     shutil.copy(first, tmp_path / "pictures/a.png")
     shutil.copy(second, tmp_path / "pictures/sub/b.PNG")
     shutil.copy(second, tmp_path / "pictures/sub/._b.png")  # hidden: not counted
+    shutil.copytree(tmp_path / "pictures/sub", tmp_path / "pictures/.thumbnails")
     words = case(images=tmp_path / "pictures", num=2)
     if break_it:
         break_it(tmp_path)
