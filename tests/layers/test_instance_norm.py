@@ -56,6 +56,20 @@ def test_output_and_gradients_are_those_of_the_definition(size, training):
     )
 
 
+@pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("size", [(3, 3, 128, 96), (1, 3, 128, 96)])
+def test_large_images_in_both_memory_formats(size, format):
+    layer, x = layer_with_reference(), batch(*size)
+    inputs = (x, layer.weight, layer.bias)
+    y, expected = layer(x.contiguous(memory_format=format)), by_definition(layer, x)
+    assert y.is_contiguous(memory_format=format)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy)
+    )
+
+
 def test_without_a_prior_it_is_instance_norm():
     layer, x = layer_with_reference(prior_count=0), batch(2, 3, 4, 5)
     expected = F.instance_norm(x, weight=layer.weight, bias=layer.bias)
