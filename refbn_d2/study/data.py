@@ -154,7 +154,7 @@ class DetectionSets(Sets):
     def domains(self) -> dict[int, str | None]:
         """Return {image id in the test set: its domain}."""
         field = self.cfg.DATALOADER.DOMAIN_FIELD
-        return {image["id"]: image.get(field) for image in _read(self.test)["images"]}
+        return {image["id"]: image.get(field) for image in read_set(self.test)["images"]}
 
     def digests(self) -> dict[str, str]:
         return {
@@ -164,7 +164,7 @@ class DetectionSets(Sets):
 
     def make(self, hold_outs: Sequence[str | None]) -> None:
         data, field = self.study.data, self.cfg.DATALOADER.DOMAIN_FIELD
-        content = _read(self.source["train"])
+        content = read_set(self.source["train"])
         domains = [image.get(field) for image in content["images"]]
         if (self.study.evaluate.domains or any(hold_outs)) and None in domains:
             image = content["images"][domains.index(None)]
@@ -181,19 +181,19 @@ class DetectionSets(Sets):
                 kept = [
                     content["images"][i] for i in train if domains[i] != hold_out or not hold_out
                 ]
-                _write(content, kept, dataset.json_file)
+                write_subset(content, kept, dataset.json_file)
         if self.test is not self.source["test"] and not self.test.json_file.exists():
-            whole = content if held is not None else _read(self.source["test"])
+            whole = content if held is not None else read_set(self.source["test"])
             images = [whole["images"][i] for i in held] if held is not None else whole["images"]
             chosen = stratified([image.get(field) for image in images], data.test_images)
-            _write(whole, [images[i] for i in chosen], self.test.json_file)
+            write_subset(whole, [images[i] for i in chosen], self.test.json_file)
         self._corrupt(field)
 
     def _corrupt(self, field: str) -> None:
         missing = {k: d for k, d in self.corrupted.items() if not d.json_file.exists()}
         if not missing:
             return
-        content = _read(self.test)
+        content = read_set(self.test)
         groups = [image.get(field) for image in content["images"]]
         images = [content["images"][i] for i in stratified(groups, self.study.evaluate.images)]
         for label, dataset in tqdm(missing.items(), "corrupting pictures", disable=None):
@@ -206,7 +206,8 @@ class DetectionSets(Sets):
                               [SEED, place])  # fmt: skip
                 renamed.append(image | {"file_name": f"{place}.png"})
                 _write_png(rgb, dataset.image_root / f"{place}.png")
-            _write(content, renamed, dataset.json_file)  # last: if it exists, the set is complete
+            # Last: if the json exists, the set is complete.
+            write_subset(content, renamed, dataset.json_file)
 
 
 class ClassificationSets(Sets):
@@ -345,7 +346,7 @@ def _file(label: str) -> str:
     return label.replace("/", "_")
 
 
-def _read(dataset: catalog.Dataset) -> dict:
+def read_set(dataset: catalog.Dataset) -> dict:
     """Return the content of a set's file, repaired as a run repairs it, with all of its fields.
 
     Raises:
@@ -359,7 +360,7 @@ def _read(dataset: catalog.Dataset) -> dict:
     return file.content
 
 
-def _write(content: dict, images: list[dict], path: Path) -> None:
+def write_subset(content: dict, images: list[dict], path: Path) -> None:
     """Write `content` with only these images and their annotations."""
     ids = {image["id"] for image in images}
     kept = [a for a in content.get("annotations", []) if a["image_id"] in ids]

@@ -1,19 +1,22 @@
 """Results of an earlier session, from its CSV: their runs need not be repeated."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from refbn_d2.study.evaluation import steps_names
 from refbn_d2.study.fingerprint import code_hash
+from refbn_d2.study.plan import Plan, cell_name
 from refbn_d2.study.report import about_of
 from refbn_d2.study.results import Row, read_csv
-from refbn_d2.study.spec import Study
+from refbn_d2.study.spec import Evaluate
 from refbn_d2.utils.errors import ConfigError
 
 Run = tuple[str, str, int]  # norm, condition, seed
 
 
-def earlier_results(file: Path, study: Study, same_code: str = "") -> Mapping[Run, list[Row]]:
-    """Return the rows of every run that `file` has to the end: done or diverged.
+def earlier_results(file: Path, plan: Plan, same_code: str = "") -> Mapping[Run, list[Row]]:
+    """Return the rows of every run that `file` has to the end: diverged, or with every metric.
 
     Args:
         file: a results.csv, with its results.yaml beside it.
@@ -23,17 +26,25 @@ def earlier_results(file: Path, study: Study, same_code: str = "") -> Mapping[Ru
     Raises:
         FileNotFoundError: there is no such file.
         DataError: it is no table of results.
-        ConfigError: it is of another study or of another version of the code, or has a norm,
-            condition or seed that the study does not have.
+        ConfigError: it has no results.yaml; it is of another study, or of another or an unknown
+            version of the code; it has a norm, condition or seed that the study does not have, or a
+            run with other settings.
     """
+    study, yaml = plan.study, file.with_suffix(".yaml")
     rows = read_csv(file)
+    if not yaml.exists():
+        raise ConfigError(f"--have {file} needs the file {yaml} of the same session; copy it there")
     about = about_of(file, rows)
     if about.study != study.name:
         raise ConfigError(f"{file} has the study {about.study!r}, not {study.name!r}")
+    if not about.code:
+        raise ConfigError(
+            f"{yaml} has no `code`, so what made the results is unknown; run without --have"
+        )
     if about.code not in (code_hash(), same_code):
         raise ConfigError(
-            f"{file} was made by the code {about.code or 'of an unknown version'}, and this is "
-            f"{code_hash()}. If both compute the same numbers, add --same-code {about.code}"
+            f"{file} was made by the code {about.code}, and this is {code_hash()}. If both compute "
+            f"the same numbers, add --same-code {about.code}"
         )
     runs: dict[Run, list[Row]] = {}
     for row in rows:
@@ -47,4 +58,43 @@ def earlier_results(file: Path, study: Study, same_code: str = "") -> Mapping[Ru
                 f"{study.file} does not have"
             )
     lost = ("failed", "not run")
-    return {run: rows for run, rows in runs.items() if not any(r.status in lost for r in rows)}
+    runs = {run: own for run, own in runs.items() if not any(r.status in lost for r in own)}
+    if about.settings:
+        _check_settings(yaml, about.settings, runs, plan)
+    else:
+        _say(f"Warning: {yaml} has no `settings`, so those of its runs cannot be compared.")
+    lacking = {run: _lacking(own, study.evaluate) for run, own in runs.items()}
+    if repeated := [run for run in runs if lacking[run]]:
+        metrics = dict.fromkeys(metric for run in repeated for metric in lacking[run])
+        _say(f"{len(repeated)} runs of {file} are repeated: they have no {', '.join(metrics)}.")
+    return {run: own for run, own in runs.items() if not lacking[run]}
+
+
+def _check_settings(
+    yaml: Path, settings: Mapping[str, str], runs: Mapping[Run, Sequence[Row]], plan: Plan
+) -> None:
+    now = plan.settings()
+    for norm, condition, seed in runs:
+        cell = cell_name(norm, condition)
+        if settings.get(cell) != now[cell]:
+            raise ConfigError(
+                f"{yaml}: the run norm={norm},seed={seed},condition={condition} was made with "
+                f"other settings: {settings.get(cell)} there, {now[cell]} by {plan.study.file}. "
+                "Restore them, or remove its rows from the CSV; if only a default key is new, "
+                "remove `settings` from the YAML file"
+            )
+
+
+def _lacking(rows: Sequence[Row], evaluate: Evaluate) -> list[str]:
+    """Return the metrics that a run lacks; a run that diverged needs none."""
+    if all(row.status == "diverged" for row in rows):
+        return []
+    found = {row.metric for row in rows}
+    wanted = [*evaluate.metrics, *steps_names(evaluate)]
+    if evaluate.domains and not any("@" in metric for metric in found):
+        wanted.append(f"{evaluate.metrics[0]}@<domain>")
+    return [metric for metric in wanted if metric not in found]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

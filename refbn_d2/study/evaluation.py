@@ -40,7 +40,7 @@ class Measured(NamedTuple):
 def evaluate_run(
     study: Study, sets: DetectionSets | ClassificationSets, job: Job
 ) -> dict[str, Measured]:
-    """Return {metric: value} of a run that is done.
+    """Return {metric: value} of a run that is done; a value that is not finite is "diverged".
 
     Raises:
         DataError, FileNotFoundError: the run's files are missing or broken.
@@ -50,7 +50,22 @@ def evaluate_run(
         measured = _detection(study.evaluate, sets, job)
     else:
         measured = _classification(study.evaluate, sets, job, curves)
-    return measured | _steps(study.evaluate, curves)
+    measured |= _steps(study.evaluate, curves)
+    for name, (value, n, status) in measured.items():
+        if status == "done" and not math.isfinite(value):
+            measured[name] = Measured(math.nan, n, "diverged")
+    return measured
+
+
+def steps_names(evaluate: Evaluate) -> list[str]:
+    """Return the names of the metrics of `evaluate.steps_to`."""
+    return [
+        _steps_name(c, target) for c, targets in evaluate.steps_to.items() for target in targets
+    ]
+
+
+def _steps_name(curve: str, target: float) -> str:
+    return f"steps to {curve} {target:g}"
 
 
 def _steps(evaluate: Evaluate, curves: dict) -> dict[str, Measured]:
@@ -66,7 +81,7 @@ def _steps(evaluate: Evaluate, curves: dict) -> dict[str, Measured]:
             reached = steps_to(steps, values, target, below=below)
             status = "not reached" if reached is None else "done"
             value = math.nan if reached is None else reached
-            measured[f"steps to {curve} {target:g}"] = Measured(value, int(steps[-1]), status)
+            measured[_steps_name(curve, target)] = Measured(value, int(steps[-1]), status)
     return measured
 
 

@@ -49,7 +49,7 @@ def measure(args: argparse.Namespace) -> None:
     only = parse_only(args.only, study)
     folder = Path(args.output_dir or f"output/studies/{study.name}")
     plan = Plan(study, folder, engine_of(args.engine or study.engine))
-    earlier = earlier_results(args.have, study, args.same_code) if args.have else {}
+    earlier = earlier_results(args.have, plan, args.same_code) if args.have else {}
     jobs = plan.jobs(only, earlier)
     if not jobs and not earlier:
         raise ConfigError(f"--only {args.only!r}: the study has no such run; --dry-run lists all")
@@ -60,12 +60,19 @@ def measure(args: argparse.Namespace) -> None:
         return
     with locked(folder, "--output-dir"):
         check_study(study, folder)
+        check_records(plan, earlier)
         runner = Runner(jobs, args.jobs)
-        plan.make_data(jobs)
+        timed = [] if args.only else plan.timed()
+        plan.make_data([*jobs, *timed])
         runner.run()
         failed = [r for r in runner.records.values() if r.status == "failed"]
-        costs = {} if args.only else measure_timing(plan, runner.gpus)
-        write_results(plan, folder, costs, earlier)
+        # Of a part of the study, what takes minutes is left out.
+        detection = isinstance(plan.sets, DetectionSets)
+        resampled = bootstrap(plan) if detection and not args.only else []
+        write_results(plan, folder, {}, resampled, earlier)
+        if timed:  # it may fail, and the results stay
+            costs = measure_timing(plan, runner.gpus)
+            write_results(plan, folder, costs, resampled, earlier)
     if failed:
         raise ChildProcessError(
             f"{len(failed)} of {len(jobs)} jobs failed; the same command tries them again: "
@@ -97,6 +104,23 @@ def check_study(study: Study, folder: Path) -> None:
     write_text(path, json.dumps({"study": study.name}))
 
 
+def check_records(plan: Plan, earlier: Mapping[Run, list[Row]]) -> None:
+    """Return if the results can be written once all runs are done.
+
+    Raises:
+        ConfigError: a run in the folder was made by another version of the study or of the code.
+    """
+    for job in plan.runs:
+        record = Record(job)
+        if not _is_earlier(record, earlier):
+            record.check()
+
+
+def _is_earlier(record: Record, earlier: Mapping[Run, list[Row]]) -> bool:
+    """Return whether a run's rows are those in `earlier`: the folder does not have better ones."""
+    return record.job.run in earlier and not record.done
+
+
 def _command(study: Study, *more: str) -> list[str]:
     return ["refbn-measure", "--study", str(study.file), *more]
 
@@ -105,7 +129,7 @@ def rows_of(plan: Plan, earlier: Mapping[Run, list[Row]]) -> Iterable[Row]:
     """Yield the rows of all runs of the study; a run that is not done has one row without a value.
 
     Args:
-        earlier: rows of runs that are not in the folder.
+        earlier: rows of runs; those that the folder has too come from there.
 
     Raises:
         ConfigError: a run in the folder was made by another version of the study or of the code.
@@ -113,7 +137,7 @@ def rows_of(plan: Plan, earlier: Mapping[Run, list[Row]]) -> Iterable[Row]:
     study = plan.study
     for job in plan.runs:
         record = Record(job)
-        if record.status == "not run" and job.run in earlier:
+        if _is_earlier(record, earlier):
             yield from earlier[job.run]
             continue
         record.check()
@@ -133,16 +157,20 @@ def rows_of(plan: Plan, earlier: Mapping[Run, list[Row]]) -> Iterable[Row]:
 
 
 def write_results(
-    plan: Plan, folder: Path, costs: Mapping[str, Mapping], earlier: Mapping[Run, list[Row]]
+    plan: Plan,
+    folder: Path,
+    costs: Mapping[str, Mapping],
+    resampled: Sequence[Mapping],
+    earlier: Mapping[Run, list[Row]],
 ) -> None:
     """Write results.csv, results.json, results.md and report.html."""
     study = plan.study
     rows = [*rows_of(plan, earlier), *_cost_rows(study, costs)]
-    resampled = bootstrap(plan) if isinstance(plan.sets, DetectionSets) else []
     about = About(
         study.name, study.title, study.baseline, study.text, shlex.join(_command(study)),
         {n.name: n.text for n in study.norms.values() if n.text},
         {c.name: c.text for c in study.conditions.values() if c.text}, code_hash(),
+        plan.settings(),
     )  # fmt: skip
     write_csv(rows, folder / "results.csv")
     write_text(folder / "results.yaml", yaml.safe_dump(vars(about), sort_keys=False, width=100))
@@ -185,7 +213,7 @@ def _pictures(plan: Plan, rows: Sequence[Row]) -> dict[str, str]:
             files = {
                 job.norm: job.folder / "metrics.json"
                 for job in plan.runs
-                if (job.condition, job.seed) == (condition, seed) and Record(job).status == "done"
+                if (job.condition, job.seed) == (condition, seed) and Record(job).done
             }
             if files:
                 title = f"Training loss, {condition}, seed {seed}"

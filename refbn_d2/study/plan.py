@@ -21,6 +21,7 @@ from refbn_d2.config.cfg_node import leaves
 from refbn_d2.config.pretrain import check_pretrain_config, get_pretrain_cfg
 from refbn_d2.study.data import DetectionSets, sets_of
 from refbn_d2.study.fingerprint import code_hash
+from refbn_d2.study.made_from import check_made_from
 from refbn_d2.study.spec import Condition, Norm, Overrides, Study, closest
 from refbn_d2.utils.errors import ConfigError
 
@@ -149,14 +150,41 @@ class Plan:
     def jobs(
         self, only: Only | None = None, done: Collection[tuple[str, str, int]] = ()
     ) -> list[Job]:
-        """Return the runs of `only` that are not `done`, after the pretrainings that they need."""
+        """Return the runs of `only` that are not `done`, after the pretrainings that are needed.
+
+        Of the whole study, the timing needs some too.
+        """
         only = only or Only()
         runs = [run for run in self.runs if run.run in only and run.run not in done]
-        needed = {run.needs for run in runs}
+        needed = {run.needs for run in [*runs, *(self.timed() if only == Only() else ())]}
         return [job for job in self.pretrainings if job.id in needed] + runs
 
+    def timed(self) -> list[Job]:
+        """Return the runs whose training is timed: the first seed of each norm."""
+        timing, seed = self.study.timing, self.study.seeds[0]
+        chosen = timing.conditions if timing.rounds else ()
+        return [run for run in self.runs if run.condition in chosen and run.seed == seed]
+
+    def settings(self) -> dict[str, str]:
+        """Return {"norm=X,condition=Y": hash of what its numbers depend on but seed and code}."""
+        pretrained = {job.id: {**job.recipe, "code": ""} for job in self.pretrainings}
+        varying = ("SEED", "code", "pretraining", "pretraining.recipe")
+        found = {}
+        for run in self.runs:
+            fixed = {key: value for key, value in run.recipe.items() if key not in varying}
+            fixed["pretraining"] = pretrained.get(run.needs)
+            found[cell_name(run.norm, run.condition)] = digest(fixed)[:8]
+        return found
+
     def make_data(self, jobs: Iterable[Job]) -> None:
+        """Write the derived sets that the jobs need and that are missing.
+
+        Raises:
+            RefBNError, OSError: the data cannot be used, or sets of other settings are there.
+        """
         hold_outs = {self.study.conditions[job.condition].hold_out for job in jobs if job.condition}
+        field = dict(leaves(self.cfg)).get("DATALOADER.DOMAIN_FIELD", "")
+        check_made_from(self.sets.folder, self.study, self.digests, field, any(hold_outs))
         self.sets.make(sorted(hold_outs, key=str))
 
     # ---- parts
@@ -284,6 +312,11 @@ class _named:
     def __exit__(self, kind, error, traceback) -> None:
         if isinstance(error, ValueError | KeyError):
             raise ConfigError(f"{self.where}: {error}") from error
+
+
+def cell_name(norm: str, condition: str) -> str:
+    """Return the name of all runs of a norm under a condition, as `--only` takes it."""
+    return f"norm={norm},condition={condition}"
 
 
 def flat(overrides: Mapping[str, Any]) -> list:

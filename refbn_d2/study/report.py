@@ -36,6 +36,8 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 MEANING = {
     "bbox/AP": "average precision of boxes (%)",
     "segm/AP": "average precision of masks (%)",
+    "bbox/AP gain": "average precision of boxes, after the adaptation minus before (%)",
+    "segm/AP gain": "average precision of masks, after the adaptation minus before (%)",
     "bbox/mPC": "box AP, mean over the corruptions and severities (%)",
     "segm/mPC": "mask AP, mean over the corruptions and severities (%)",
     "bbox/rPC": "box AP under corruption, relative to the clean AP (%)",
@@ -59,6 +61,7 @@ class About:
     norms: Mapping[str, str] = field(default_factory=dict)  # name -> description
     conditions: Mapping[str, str] = field(default_factory=dict)
     code: str = ""  # `code_hash` of the code that made the results
+    settings: Mapping[str, str] = field(default_factory=dict)  # `Plan.settings` of the results
 
 
 def meaning(metric: str) -> str:
@@ -88,11 +91,27 @@ def markdown(rows: Sequence[Row], about: About, level: int = 2) -> str:
     parts = [f"{sharp} {about.title}", about.text.strip()]
     if about.command:
         parts.append(f"Made by `{about.command}`. Each row of the CSV has its own command.")
+    rows, waiting = _begun(rows)
+    texts = {**about.norms, **about.conditions}
+    named = dict.fromkeys(name for row in rows for name in (row.norm, row.condition))
+    parts.append("\n".join(f"- {name}: {texts[name]}" for name in named if name in texts))
+    for condition, norms in waiting.items():
+        parts.append(f"Not run yet under {condition!r}: {', '.join(norms)}.")
     for table in all_tables(rows, about.baseline):
         if not {"~", "@"} & set(table.metric):  # single corruptions and domains are in the CSV
             parts += [f"{sharp}# {table.metric}: {meaning(table.metric)}", *_tables(table)]
     parts += _costs(rows, sharp)
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _begun(rows: Sequence[Row]) -> tuple[list[Row], dict[str, list[str]]]:
+    """Return the rows of the cells that have runs, and {condition: norms} of the others."""
+    begun = {(row.norm, row.condition) for row in rows if row.status != "not run"}
+    waiting: dict[str, list[str]] = {}
+    for norm, condition in dict.fromkeys((row.norm, row.condition) for row in rows):
+        if (norm, condition) not in begun:
+            waiting.setdefault(condition, []).append(norm)
+    return [row for row in rows if (row.norm, row.condition) in begun], waiting
 
 
 def _tables(table: Table) -> list[str]:
@@ -137,7 +156,8 @@ def _costs(rows: Sequence[Row], sharp: str) -> list[str]:
 def grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
     rows = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)
+    escaped = [[str(cell).replace("|", r"\|") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
 
 
 HEADER = """# Results
@@ -154,11 +174,23 @@ for all comparisons in its table.
 
 
 def results_page(files: Sequence[Path], answers: str = "") -> str:
-    """Return the text of docs/results.md; `answers`, in Markdown, stand before the tables."""
+    """Return the text of docs/results.md; `answers`, in Markdown, stand before the tables.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DataError: a CSV or its YAML file cannot be used, or two are of one study.
+    """
     parts = [HEADER, answers] if answers else [HEADER]
+    of: dict[str, Path] = {}
     for file in files:
         rows = read_csv(file)
-        parts.append(markdown(rows, about_of(file, rows)))
+        about = about_of(file, rows)
+        if about.study in of:
+            raise DataError(
+                f"{of[about.study]} and {file} are both of the study {about.study!r}; give only one"
+            )
+        of[about.study] = file
+        parts.append(markdown(rows, about))
     if not files:
         parts.append("There are no results yet.\n")
     return "\n".join(parts)
@@ -168,7 +200,8 @@ def about_of(csv: Path, rows: Sequence[Row]) -> About:
     """Return the texts in a CSV's YAML file; if there is none, texts inferred from the rows.
 
     Raises:
-        DataError: the CSV has no rows or rows of several studies, or the YAML has unknown keys.
+        DataError: the CSV has no rows or rows of several studies; the YAML is not valid, has
+            unknown keys or values of a wrong type, is of another study, or its baseline has no row.
     """
     studies = sorted({row.study for row in rows})
     if len(studies) != 1:
@@ -176,11 +209,43 @@ def about_of(csv: Path, rows: Sequence[Row]) -> About:
     file = csv.with_suffix(".yaml")
     content: dict[str, Any] = {"study": studies[0], "title": studies[0], "baseline": rows[0].norm}
     if file.exists():
-        content |= yaml.safe_load(file.read_text())
+        content |= _read_yaml(file)
     try:
-        return About(**content)
+        about = About(**content)
     except TypeError as error:
         raise DataError(f"{file}: {error}") from error
+    for key, value in vars(about).items():
+        mapping = key in ("norms", "conditions", "settings")
+        if not isinstance(value, Mapping if mapping else str):
+            allowed = "lines of `name: text`" if mapping else 'a text, or "" for none'
+            raise DataError(f"{file}, {key}: is {value!r}; write {allowed}")
+    if about.study != studies[0]:
+        raise DataError(f"{file} is of the study {about.study!r}, and {csv} of {studies[0]!r}")
+    norms = dict.fromkeys(row.norm for row in rows)
+    if about.baseline not in norms:
+        raise DataError(
+            f"{file}, baseline: {csv} has no row of {about.baseline!r}; its norms: "
+            + ", ".join(norms)
+        )
+    return about
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(_read(file))
+    except yaml.YAMLError as error:
+        why = " ".join(str(error).split())
+        raise DataError(f"{file} is not valid YAML: {why}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file} holds {content!r}; write `key: value` lines")
+    return {str(key): value for key, value in content.items()}
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not in UTF-8: {error}; save it as UTF-8") from error
 
 
 # ---- HTML
@@ -238,7 +303,7 @@ def main() -> None:
     p.add_argument("--output", type=Path, required=True, help="for example docs/results.md")
 
     def run(args: argparse.Namespace) -> None:
-        answers = args.answers.read_text() if args.answers else ""
+        answers = _read(args.answers) if args.answers else ""
         write_text(args.output, results_page(sorted(args.csv), answers))
 
     run_or_exit(run, p.parse_args())

@@ -32,13 +32,19 @@ COLUMNS = [f.name for f in fields(Row)]
 
 
 def write_csv(rows: Iterable[Row], path: str | Path) -> None:
-    """Write the rows, with values of 6 significant digits, so that files can be compared."""
+    """Write the rows, with values of 6 significant digits, so that files can be compared.
+
+    A row that is "done" without a finite value is written as "diverged", as `read_csv` needs it.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for row in rows:
         cells = asdict(row)
-        cells["value"] = "" if math.isnan(row.value) else f"{row.value:.6g}"
+        finite = math.isfinite(row.value)
+        cells["value"] = f"{row.value:.6g}" if finite else ""
+        if row.status == "done" and not finite:
+            cells["status"] = "diverged"
         cells["seed"] = "" if row.seed is None else row.seed
         writer.writerow([cells[column] for column in COLUMNS])
     write_text(path, text.getvalue())
@@ -49,16 +55,29 @@ def read_csv(path: str | Path) -> list[Row]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        DataError: it is not such a table; names the line.
+        DataError: it is not such a table, or has two rows of one value; names the line.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"results {path} do not exist; check the path")
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != COLUMNS:
-            raise DataError(f"{path} has the columns {reader.fieldnames}; allowed: {COLUMNS}")
-        return [_row(path, reader.line_num, cells) for cells in reader]
+    rows: dict[tuple, Row] = {}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != COLUMNS:
+                raise DataError(f"{path} has the columns {reader.fieldnames}; allowed: {COLUMNS}")
+            for cells in reader:
+                row = _row(path, reader.line_num, cells)
+                key = (row.study, row.norm, row.seed, row.condition, row.metric)
+                if key in rows:
+                    raise DataError(
+                        f"{path}, line {reader.line_num}: a second row of {row.metric} for norm "
+                        f"{row.norm!r}, seed {row.seed}, condition {row.condition!r}; remove one"
+                    )
+                rows[key] = row
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is not a CSV file in UTF-8: {error}; write it again") from error
+    return list(rows.values())
 
 
 def _row(path: Path, line: int, cells: dict) -> Row:

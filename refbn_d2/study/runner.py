@@ -49,6 +49,11 @@ class Record:
     def status(self) -> str:
         return self.content["status"]
 
+    @property
+    def done(self) -> bool:
+        """Whether the folder has the results of this recipe."""
+        return self.status == "done" and self.content.get("recipe") == self.job.recipe
+
     def check(self) -> None:
         """Return if the results in the folder, if any, were made by this recipe.
 

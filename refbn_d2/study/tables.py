@@ -1,5 +1,6 @@
 """Turn result rows into tables: means over seeds, and differences from the baseline by seed."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -115,11 +116,16 @@ def metrics_of(rows: Sequence[Row]) -> list[str]:
     return sorted(metrics, key=lambda name: ("~" in name, "@" in name))
 
 
-def number(value: float, metric: str = "") -> str:
-    """Format a value for a table."""
+def number(value: float, metric: str = "", places: int = 2) -> str:
+    """Format a value for a table, with `places` decimals below 10."""
     if metric.startswith("steps"):
         return f"{value:.0f}"
-    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{value:.{places}f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def decimals(size: float) -> int:
+    """Return 2, or as many decimals as show two digits of a smaller `size`; below 1e-6 it is 0."""
+    return max(2, 1 - math.floor(math.log10(abs(size)))) if abs(size) >= 1e-6 else 2
 
 
 def shown(cell: Cell | None, metric: str = "") -> str:
@@ -129,20 +135,25 @@ def shown(cell: Cell | None, metric: str = "") -> str:
     parts = []
     if cell.estimate:
         mean, interval, n = cell.estimate
-        half = f" ± {number(interval[1] - mean, metric)}" if interval else ""
-        parts.append(f"{number(mean, metric)}{half} (n {n})")
+        text = number(mean, metric)
+        if interval:
+            half = interval[1] - mean
+            places = decimals(half) if abs(mean) < 10 else 2
+            text = f"{number(mean, metric, places)} ± {number(half, metric, places)}"
+        parts.append(f"{text} (n {n})")
     parts += [f"{count} {status}" for status, count in cell.others.items()]
     return ", ".join(parts)
 
 
 def shown_difference(cell: Cell | None, metric: str = "") -> str:
-    """Return "+1.20 [0.31, 2.09], p 0.02, Holm 0.04 (n 3)"."""
+    """Return "+1.20 [0.31, 2.09], p 0.02, Holm 0.04 (n 3)"; a small one has more decimals."""
     if cell is None or cell.difference is None:
         return ""
     mean, interval, p, _, n = cell.difference
-    text = f"{mean:+.2f}"
+    places = decimals((interval[1] - interval[0]) / 2 if interval else mean)
+    text = f"{mean:+.{places}f}"
     if interval:
-        text += f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+        text += f" [{interval[0]:.{places}f}, {interval[1]:.{places}f}]"
     if p is not None and cell.p_holm is not None:
         text += f", p {p_value(p)}, Holm {p_value(cell.p_holm)}"
     return f"{text} (n {n})"

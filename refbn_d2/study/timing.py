@@ -33,8 +33,7 @@ def measure_timing(plan: Plan, gpus: list[str]) -> dict[str, dict[str, dict[str,
     """
     timing, found = plan.study.timing, {}
     for condition in timing.conditions if timing.rounds else ():
-        jobs = {job.norm: job for job in reversed(plan.runs) if job.condition == condition}
-        jobs = {norm: jobs[norm] for norm in plan.study.conditions[condition].norms}
+        jobs = {job.norm: job for job in plan.timed() if job.condition == condition}
         path = plan.folder / "timing" / f"{digest({'c': condition})}.json"
         recipe: dict[str, str | int] = {norm: digest(job.recipe) for norm, job in jobs.items()}
         recipe |= {"rounds": timing.rounds, "steps": timing.steps}

@@ -138,5 +138,6 @@ def test_recipes_of_a_kind_differ_only_in_the_norm(name):
 def test_recipes_are_there():
     assert {
         "resnet50_bn", "resnet50_refbn", "resnet50_gn", "resnet50_syncbn", "resnet50_300ep_bn",
-        "resnet50_300ep_refbn", "shapes_resnet18_bn", "shapes_resnet18_refbn", "shapes_resnet18_gn",
+        "resnet50_300ep_refbn", "resnet50_refin", "shapes_resnet18_bn", "shapes_resnet18_refbn",
+        "shapes_resnet18_gn",
     } == set(RECIPES)  # fmt: skip

@@ -1,6 +1,7 @@
 """Runs that an earlier session's CSV holds are not repeated, and stay in the table."""
 
 import math
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ import yaml
 
 from refbn_d2.study.earlier import earlier_results
 from refbn_d2.study.fingerprint import code_hash
-from refbn_d2.study.measure import rows_of
+from refbn_d2.study.measure import measure, rows_of
 from refbn_d2.study.plan import Plan
-from refbn_d2.study.results import Row, write_csv
+from refbn_d2.study.results import Row, read_csv, write_csv
+from refbn_d2.study.runner import Record, Runner
 from refbn_d2.study.spec import load_study
 from refbn_d2.utils.errors import ConfigError
 
@@ -21,22 +23,33 @@ COST = Row("mine", "GN", None, "two iid", "seconds a step", 0.5, 3, "done", "x")
 
 
 @pytest.fixture
-def study(coco, content, written):
-    return load_study(written(content))
+def plan_of(coco, content, written, tmp_path):
+    """Return a function that returns the plan of the study with changes."""
+
+    def plan(**changes):
+        changed = {"evaluate": {"metrics": ["bbox/AP"]}, **changes}
+        return Plan(load_study(written(content | changed)), tmp_path / "out", "torchvision")
+
+    return plan
 
 
-def results(tmp_path, rows, code):
+@pytest.fixture
+def plan(plan_of):
+    return plan_of()
+
+
+def results(tmp_path, rows, code, **more):
     write_csv(rows, tmp_path / "results.csv")
-    about = {"study": "mine", "title": "Mine", "baseline": "BN", "code": code}
+    norm = rows[0].norm
+    about = {"study": "mine", "title": "Mine", "baseline": norm, "code": code, **more}
     (tmp_path / "results.yaml").write_text(yaml.safe_dump(about))
     return tmp_path / "results.csv"
 
 
-def test_runs_that_ended_are_done_and_stay_in_the_table(study, tmp_path):
+def test_runs_that_ended_are_done_and_stay_in_the_table(plan, tmp_path):
     file = results(tmp_path, [DONE, DIVERGED, FAILED, COST], code_hash())
-    earlier = earlier_results(file, study)
+    earlier = earlier_results(file, plan)
     assert list(earlier) == [("BN", "two iid", 1), ("GN", "two iid", 1)]
-    plan = Plan(study, Path("out"), "torchvision")
     left = [("BN", "two iid", 2), ("GN", "two iid", 2)]
     assert [job.run for job in plan.jobs(done=earlier)] == left
     values = {(r.norm, r.seed): r.status for r in rows_of(plan, earlier) if r.metric == "bbox/AP"}
@@ -45,26 +58,142 @@ def test_runs_that_ended_are_done_and_stay_in_the_table(study, tmp_path):
     }  # fmt: skip
 
 
-def test_results_of_other_code_need_its_name(study, tmp_path):
+def test_results_of_other_code_need_its_name(plan, tmp_path):
     file = results(tmp_path, [DONE], "0123456789abcdef")
     with pytest.raises(ConfigError, match=f"code 0123456789abcdef, and this is {code_hash()}.*add"):
-        earlier_results(file, study)
+        earlier_results(file, plan)
     with pytest.raises(ConfigError, match="--same-code 0123456789abcdef"):
-        earlier_results(file, study, "1" * 16)
-    assert list(earlier_results(file, study, "0123456789abcdef")) == [("BN", "two iid", 1)]
+        earlier_results(file, plan, "1" * 16)
+    assert list(earlier_results(file, plan, "0123456789abcdef")) == [("BN", "two iid", 1)]
 
 
 @pytest.mark.parametrize("change", [{"norm": "CBN"}, {"seed": 3}, {"condition": "one"}])
-def test_a_run_that_the_study_does_not_have(study, tmp_path, change):
+def test_a_run_that_the_study_does_not_have(plan, tmp_path, change):
     row = Row(**vars(DONE) | change)
     file = results(tmp_path, [row], code_hash())
     with pytest.raises(ConfigError, match="has the run .*which .*mine.yaml does not have"):
-        earlier_results(file, study)
+        earlier_results(file, plan)
 
 
-def test_another_study(study, tmp_path):
+def test_another_study(plan, tmp_path):
     file = results(tmp_path, [Row(**vars(DONE) | {"study": "theirs"})], code_hash())
     about = {"study": "theirs", "title": "", "baseline": "BN", "code": code_hash()}
     (tmp_path / "results.yaml").write_text(yaml.safe_dump(about))
     with pytest.raises(ConfigError, match="has the study 'theirs', not 'mine'"):
-        earlier_results(file, study)
+        earlier_results(file, plan)
+
+
+def test_results_of_unknown_code(plan, tmp_path):
+    file = results(tmp_path, [DONE], "")
+    with pytest.raises(ConfigError, match="results.yaml has no `code`.*run without --have"):
+        earlier_results(file, plan)
+    (tmp_path / "results.yaml").unlink()
+    with pytest.raises(ConfigError, match="needs the file .*results.yaml"):
+        earlier_results(file, plan)
+
+
+def test_runs_with_other_settings(plan_of, content, tmp_path, capsys):
+    file = results(tmp_path, [DONE, FAILED], code_hash(), settings=plan_of().settings())
+    assert len(earlier_results(file, plan_of(seeds=[1, 2, 3]))) == 1
+    assert capsys.readouterr().err == ""
+    norms = content["norms"] | {"GN": {"overrides": {"MODEL.RESNETS.NORM": "RefBN"}}}
+    assert len(earlier_results(file, plan_of(norms=norms))) == 1  # GN has no finished run
+    changed = plan_of(overrides=content["overrides"] | {"SOLVER.BASE_LR": 0.3})
+    with pytest.raises(ConfigError, match="norm=BN,seed=1,condition=two iid was made with other"):
+        earlier_results(file, changed)
+    file = results(tmp_path, [DONE], code_hash())  # by a version that wrote no settings
+    assert len(earlier_results(file, changed)) == 1
+    assert capsys.readouterr().err.count("Warning: ") == 1
+
+
+def test_settings_do_not_depend_on_the_code(plan_of, monkeypatch):
+    shapes = str(Path(__file__).parents[2] / "configs/pretrain/shapes_resnet18_bn.yaml")
+    before = plan_of(pretrain={"config": shapes}).settings()
+    assert list(before) == ["norm=BN,condition=two iid", "norm=GN,condition=two iid"]
+    assert len(set(before.values())) == 2
+    monkeypatch.setattr("refbn_d2.study.plan.code_hash", lambda: "other")
+    assert plan_of(pretrain={"config": shapes}).settings() == before
+    epochs = {"config": shapes, "overrides": {"SOLVER.EPOCHS": 7}}
+    assert not set(plan_of(pretrain=epochs).settings().values()) & set(before.values())
+
+
+def test_runs_that_lack_a_metric_are_repeated(plan_of, tmp_path, capsys):
+    file = results(tmp_path, [DONE, DIVERGED], code_hash())
+    for evaluate, lacking in (
+        ({"metrics": ["bbox/AP", "segm/AP"]}, "segm/AP"),
+        ({"metrics": ["bbox/AP"], "steps_to": {"total_loss": 1.5}}, "steps to total_loss 1.5"),
+        ({"metrics": ["bbox/AP"], "domains": True}, "bbox/AP@<domain>"),
+    ):
+        earlier = earlier_results(file, plan_of(evaluate=evaluate))
+        assert list(earlier) == [("GN", "two iid", 1)]  # it diverged
+        assert f"1 runs of {file} are repeated: they have no {lacking}." in capsys.readouterr().err
+
+
+def test_a_record_in_the_folder_does_not_hide_a_run(plan, tmp_path):
+    file = results(tmp_path, [DONE], code_hash())
+    earlier = earlier_results(file, plan)
+    record = Record(plan.runs[0])
+    measured = {"bbox/AP": [30.0, 8, "done"]}
+    evaluate = vars(plan.study.evaluate)
+    for content, value in (
+        ({"status": "failed"}, 20.0),
+        ({"status": "done", "recipe": {"code": "of before"}}, 20.0),
+        ({"status": "done", "evaluate": evaluate, "measured": measured}, 30.0),
+    ):
+        record.write(**content)
+        first = next(iter(rows_of(plan, earlier)))
+        assert (first.norm, first.seed, first.value) == ("BN", 1, value)
+
+
+@pytest.fixture
+def call(plan_of, tmp_path, monkeypatch):
+    """Return a function that runs the study, without its jobs."""
+    monkeypatch.setattr(Runner, "run", lambda self: None)
+
+    def call(have="", only="", **changes):
+        study = plan_of(**changes).study.file
+        measure(Namespace(study=study, output_dir=tmp_path / "out", jobs=1, only=only, engine="",
+                          have=have, same_code="", dry_run=False))  # fmt: skip
+
+    return call
+
+
+def test_a_record_of_other_code_stops_the_study_before_its_runs(plan, call, monkeypatch):
+    def run(self):
+        raise AssertionError("started")
+
+    monkeypatch.setattr(Runner, "run", run)
+    Record(plan.runs[2]).write(status="done", recipe={"code": "of before"})
+    with pytest.raises(ConfigError, match="seed2 holds run/BN/two iid/2 of another version"):
+        call(only="seed=1")
+
+
+def test_results_are_written_whatever_the_timing_does(call, plan_of, tmp_path, monkeypatch):
+    changes = {
+        "pretrain": {"config": "configs/pretrain/shapes_resnet18_bn.yaml"},
+        "timing": {"rounds": 1, "conditions": ["day"]},
+        "conditions": {"two iid": {}, "day": {"hold_out": "night", "norms": ["BN"]}},
+        "seeds": [1],
+    }
+    changes["pretrain"]["config"] = str(Path(__file__).parents[2] / changes["pretrain"]["config"])
+    rows = [Row(**vars(row) | {"condition": c, "value": 20.0, "status": "done"})
+            for c, row in (("two iid", DONE), ("two iid", DIVERGED), ("day", DONE))]  # fmt: skip
+    file = results(tmp_path, rows, code_hash())
+    plan = plan_of(**changes)
+    assert [job.kind for job in plan.jobs(done=earlier_results(file, plan))] == ["pretrain"]
+
+    def fail(plan, gpus):
+        assert plan.sets.train_set("night").json_file.exists()
+        raise ChildProcessError("timing BN ended")
+
+    monkeypatch.setattr("refbn_d2.study.measure.measure_timing", fail)
+    with pytest.raises(ChildProcessError, match="timing BN ended"):
+        call(have=file, **changes)
+    written = read_csv(tmp_path / "out/results.csv")
+    assert len(written) == 3 and {row.value for row in written} == {20.0}
+    about = yaml.safe_load((tmp_path / "out/results.yaml").read_text())
+    assert about["settings"] == plan.settings()
+    costs = {"day": {"BN": {"seconds a step": 0.5}}}
+    monkeypatch.setattr("refbn_d2.study.measure.measure_timing", lambda plan, gpus: costs)
+    call(have=file, **changes)
+    assert [row.value for row in read_csv(tmp_path / "out/results.csv")] == [20.0, 20.0, 20.0, 0.5]

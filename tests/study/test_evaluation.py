@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from refbn_d2.metrics import coco_ap
 from refbn_d2.study.bootstrap import bootstrap
 from refbn_d2.study.evaluation import evaluate_run, read_curves
 from refbn_d2.study.plan import Plan
+from refbn_d2.study.results import Row, read_csv, write_csv
 from refbn_d2.study.runner import Record
-from refbn_d2.study.spec import load_study
+from refbn_d2.study.spec import Evaluate, load_study
+from refbn_d2.study.tables import shown, table_of
 from refbn_d2.utils.errors import DataError
 
 
@@ -106,6 +109,35 @@ def test_bootstrap(plan):
     assert found["difference"] == pytest.approx(means["GN"] - means["BN"])
     low, high = found["interval"]
     assert 0 < low < found["difference"] < high and found["p_value"] == found["p_holm"] < 0.1
+
+
+def test_bootstrap_corrects_for_the_norms_of_a_condition(coco, content, written, tmp_path):
+    content |= {"conditions": {"a": {}, "b": {}, "c": {}}, "evaluate": {"metrics": ["bbox/AP"]}}
+    plan = Plan(load_study(written(content)), tmp_path / "out", "torchvision")
+    for job in plan.runs:
+        leave(job, plan.sets, 4.0 if job.norm == "BN" else 0.5, job.seed)
+    Record(plan.runs[-1]).write(recipe={"code": "of before"})  # its results are not used
+    found = bootstrap(plan, 50)
+    assert [(one["condition"], one["seeds"]) for one in found] == [("a", 2), ("b", 2), ("c", 1)]
+    assert found[0]["p_holm"] == found[0]["p_value"] == pytest.approx(2 / 51)  # the smallest
+
+
+@pytest.mark.parametrize("loss", ["NaN", "Infinity"])
+def test_a_classifier_with_a_loss_that_is_not_finite(tmp_path, loss):
+    line = f'{{"iteration": 9, "val/top1": 40.0, "val/loss": {loss}, "total_loss": 1.0}}'
+    (tmp_path / "metrics.json").write_text(line)
+    study = SimpleNamespace(evaluate=Evaluate(("error", "loss"), False, (), (), 0, {}))
+    sets = SimpleNamespace(test_images=lambda: [None] * 8)
+    measured = evaluate_run(study, sets, SimpleNamespace(folder=tmp_path))
+    assert measured["error"] == (60.0, 8, "done")
+    assert math.isnan(measured["loss"].value) and measured["loss"][1:] == (8, "diverged")
+    rows = [
+        Row("s", "BN", 1, "c", name, m.value, m.n, m.status, "") for name, m in measured.items()
+    ]
+    assert shown(table_of(rows, "loss", "BN").cells["BN", "c"]) == "1 diverged"
+    assert shown(table_of(rows, "error", "BN").cells["BN", "c"]) == "60.0 (n 1)"
+    write_csv(rows, tmp_path / "r.csv")
+    assert [row.status for row in read_csv(tmp_path / "r.csv")] == ["done", "diverged"]
 
 
 def test_what_is_missing_is_named(plan):

@@ -1,5 +1,6 @@
 """The runs of a study and their commands."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from refbn_d2.config import get_cfg
 from refbn_d2.study.data import ClassificationSets, DetectionSets
 from refbn_d2.study.plan import Plan, parse_only
 from refbn_d2.study.spec import load_study
-from refbn_d2.utils.errors import ConfigError
+from refbn_d2.utils.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "configs/studies").glob("*.yaml"))
@@ -98,6 +99,40 @@ def test_what_a_recipe_holds(coco, content, written):
     with open(coco / "val.json", "a") as file:
         file.write(" ")
     assert plan_of(written(content)).runs[0].recipe != before
+
+
+def test_derived_sets_of_other_settings_are_refused(coco, content, written, tmp_path):
+    out, files = tmp_path / "out", content["data"]
+    corruptions = {"names": ["fog"], "severities": [1], "images": 4}
+
+    def make(corruptions=corruptions, hold_out=None, **data):
+        conditions = {"two iid": {}, **({"part": {"hold_out": hold_out}} if hold_out else {})}
+        changes = {"data": {**files, "train_images": 6, "test_images": 6, **data},
+                   "evaluate": {"corruptions": corruptions}, "conditions": conditions}  # fmt: skip
+        plan = plan_of(written(content | changes), out)
+        plan.make_data(plan.runs)
+
+    make()
+    make(corruptions | {"severities": [1, 2]}, "night")  # a study may grow
+    for changes, message in (
+        ({"train_images": 4}, "train: train_images: 6 there, 4 now"),
+        ({"test_images": 5}, "test: test_images: 6 there, 5 now"),
+        ({"tuning": 0.5}, "train: tuning: 0.0 there, 0.5 now"),
+        ({"corruptions": corruptions | {"images": 2}}, "corruptions.images: 4 there, 2 now"),
+    ):
+        with pytest.raises(ConfigError, match=rf"out/data holds sets.*{message}.*delete that"):
+            make(**changes)
+    (out / "data/made_from.json").write_text("[")
+    with pytest.raises(DataError, match=r"made_from.json is broken .*; delete .*out/data"):
+        make()
+    (out / "data/made_from.json").unlink()
+    make(train_images=4)  # unknown: of a version without the record
+    with open(coco / "train.json", "a") as file:
+        file.write(" ")
+    with pytest.raises(ConfigError, match="train: source: '.*' there, '.*' now"):
+        make(train_images=4)
+    shutil.rmtree(out / "data")
+    make(train_images=4)
 
 
 @pytest.mark.parametrize(

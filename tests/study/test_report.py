@@ -37,6 +37,16 @@ def test_markdown(rows):
     assert "| GN | 22.0 ± 0.00 (n 3) |" in page and "| CBN | 1 diverged |" in page
     assert "| GN | +1.53 [" in page and "Holm" in page and "AP~fog" not in page
     assert "| BN | 0.50 |" in page and "night" not in page
+    assert "- GN: groups" in page
+
+
+def test_markdown_leaves_out_what_was_not_begun(rows):
+    for condition in ("c", "d"):
+        rows.append(Row("s", "BRN", 1, condition, "bbox/AP", math.nan, 0, "not run", "z"))
+    rows.append(Row("s", "BN", 4, "c", "bbox/AP", math.nan, 0, "not run", "z"))
+    page = markdown(rows, ABOUT)
+    assert "Not run yet under 'c': BRN." in page and "Not run yet under 'd': BRN." in page
+    assert "| BRN" not in page and "| norm | c |\n" in page and "(n 3), 1 not run |" in page
 
 
 def test_html_is_one_file_with_everything(rows):
@@ -79,6 +89,40 @@ def test_files_that_cannot_be(rows, tmp_path):
     (tmp_path / "s.yaml").write_text("titel: x")
     with pytest.raises(DataError, match="s.yaml: .*titel"):
         results_page([tmp_path / "s.csv"])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b"", "s.yaml holds None; write"),
+        (b"- a", r"s.yaml holds \['a'\]; write"),
+        (b"text: [", "s.yaml is not valid YAML"),
+        (b"text: \xff", "s.yaml is not in UTF-8"),
+        (b"text:", "s.yaml, text: is None; write a text"),
+        (b"norms: [GN]", r"s.yaml, norms: is \['GN'\]; write lines"),
+        (b"study: t", "s.yaml is of the study 't', and .*s.csv of 's'"),
+        (b"baseline: bn", "s.yaml, baseline: .*s.csv has no row of 'bn'; its norms: BN, GN, CBN"),
+    ],
+)
+def test_a_yaml_file_that_cannot_be(rows, tmp_path, text, message):
+    write_csv(rows, tmp_path / "s.csv")
+    (tmp_path / "s.yaml").write_bytes(text)
+    with pytest.raises(DataError, match=message) as raised:
+        results_page([tmp_path / "s.csv"])
+    assert "\n" not in str(raised.value)
+
+
+def test_a_study_twice(rows, tmp_path):
+    files = [tmp_path / "s.csv", tmp_path / "t.csv"]
+    for file in files:
+        write_csv(rows, file)
+    with pytest.raises(DataError, match="s.csv and .*t.csv are both of the study 's'"):
+        results_page(files)
+
+
+def test_a_bar_in_a_name_does_not_end_a_cell(rows):
+    rows.append(Row("s", "a|b", 1, "c", "bbox/AP", 9.0, 9, "done", ""))
+    assert "| a\\|b | 9.00 (n 1) |" in markdown(rows, ABOUT)
 
 
 def test_every_metric_has_a_meaning():

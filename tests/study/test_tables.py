@@ -74,6 +74,21 @@ def test_too_few_seeds_are_said(rows):
     assert warning(table_of(rows, "bbox/AP", "BN")) == ""
 
 
+def test_small_differences_have_enough_decimals():
+    def cell(scale):
+        first = {"BN": (0.8, 0.82, 0.81), "GN": (0.803, 0.8227, 0.8133)}
+        rows = [row(n, s, scale * v, "loss") for n, own in first.items() for s, v in enumerate(own)]
+        return table_of(rows, "loss", "BN").cells["GN", "c"]
+
+    assert shown_difference(cell(1)).startswith("+0.00300 [0.00225, 0.00375], p 0.00")
+    assert shown(cell(1), "loss") == "0.813 ± 0.024 (n 3)"
+    assert shown_difference(cell(100)).startswith("+0.300 [0.225, 0.375]")
+    assert shown_difference(cell(1000)).startswith("+3.00 [2.25, 3.75]")
+    assert shown(cell(100)) == "81.3 ± 2.45 (n 3)"
+    one = table_of([row("BN", 1, 0.8, "loss"), row("GN", 1, 0.8031, "loss")], "loss", "BN")
+    assert shown_difference(one.cells["GN", "c"]) == "+0.0031 (n 1)"
+
+
 def test_csv_comes_back(rows, tmp_path):
     more = [row("BN", 9, math.nan, status="diverged"), row('x, "y"', None, 1 / 3, "seconds")]
     write_csv(rows + more, tmp_path / "r.csv")
@@ -81,6 +96,24 @@ def test_csv_comes_back(rows, tmp_path):
     assert back[:-2] == rows and math.isnan(back[-2].value)
     assert back[-1].value == pytest.approx(1 / 3, rel=1e-5) and back[-1].norm == 'x, "y"'
     assert metrics_of(back) == ["bbox/AP"]
+
+
+def test_what_is_not_finite_is_written_as_diverged(tmp_path):
+    write_csv([row("BN", s, v) for s, v in ((1, math.inf), (2, math.nan))], tmp_path / "r.csv")
+    back = read_csv(tmp_path / "r.csv")
+    assert [r.status for r in back] == ["diverged"] * 2 and all(math.isnan(r.value) for r in back)
+
+
+def test_csv_with_a_row_twice_or_in_another_encoding(rows, tmp_path):
+    write_csv([*rows, row("GN", 1, 5.0)], tmp_path / "r.csv")
+    with pytest.raises(DataError, match="line 14: a second row of bbox/AP for norm 'GN', seed 1"):
+        read_csv(tmp_path / "r.csv")
+    for broken in (b"\xff", b'"' + 200_000 * b"x"):
+        write_csv(rows, tmp_path / "r.csv")
+        with open(tmp_path / "r.csv", "ab") as file:
+            file.write(broken)
+        with pytest.raises(DataError, match="r.csv is not a CSV file in UTF-8: "):
+            read_csv(tmp_path / "r.csv")
 
 
 @pytest.mark.parametrize(

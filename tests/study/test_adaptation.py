@@ -1,0 +1,71 @@
+"""What adaptation changes in the detectors of a study."""
+
+import subprocess
+import sys
+
+import pytest
+
+from refbn_d2.study.plan import Plan
+from refbn_d2.study.results import read_csv
+from refbn_d2.study.spec import load_study
+
+
+def run(module, *arguments):
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_a_study_without_finished_runs(coco, content, written, tmp_path):
+    study = written(content)
+    done = run("refbn_d2.study.adaptation", "--study", study, "--output-dir", tmp_path / "out")
+    assert done.returncode == 1 and "no run that is done: run the study first" in done.stderr
+
+
+@pytest.mark.slow
+def test_domains_and_corruptions(coco, content, written, tmp_path):
+    from refbn_d2.study.adaptation import Adaptation
+
+    content["overrides"] |= {
+        "MODEL.FPN.NORM": "", "MODEL.ROI_MASK_HEAD.NORM": "", "SOLVER.MAX_ITER": 2,
+        "SOLVER.IMS_PER_BATCH": 2, "INPUT.MIN_SIZE_TRAIN": [64], "INPUT.MIN_SIZE_TEST": 64,
+    }  # fmt: skip
+    content |= {
+        "seeds": [1],
+        "conditions": {"all": {}, "by day": {"hold_out": "night"}},
+        "evaluate": {"metrics": ["bbox/AP"], "domains": True,
+                     "corruptions": {"names": ["fog"], "severities": [1], "images": 4}},
+    }  # fmt: skip
+    out, study = tmp_path / "out", written(content)
+    done = run("refbn_d2.study", "--study", study, "--output-dir", out, "--jobs", 2)
+    assert done.returncode == 0, done.stderr
+    adapt = "refbn_d2.study.adaptation", "--study", study, "--output-dir", out
+    done = run(*adapt, "--images", 7)
+    assert done.returncode == 1 and "night has 6 training pictures" in done.stderr
+    for _ in range(2):  # the second time from the files of the first
+        done = run(*adapt, "--images", 4)
+        assert done.returncode == 0, done.stderr
+        rows = read_csv(out / "adaptation/results.csv")
+    targets = {r.condition: r.n for r in rows}
+    assert targets == {"all: fog/1": 4, "all: same camera": 8, "by day: night": 4}
+    assert {r.norm for r in rows} == {"BN", "BN, N = 16", "BN, N = 0", "GN"}
+    value = {(r.norm, r.condition, r.metric): r.value for r in rows}
+    measured = {(r.norm, r.condition, r.metric): r.value for r in read_csv(out / "results.csv")}
+    for (norm, condition, metric), ap in value.items():
+        if metric.endswith("gain"):
+            before = value[norm.partition(",")[0], condition, "bbox/AP"]
+            assert ap == pytest.approx(value[norm, condition, "bbox/AP"] - before, abs=1e-4)
+    assert value["BN", "by day: night", "bbox/AP"] == measured["BN", "by day", "bbox/AP@night"]
+    assert value["GN", "all: fog/1", "bbox/AP"] == measured["GN", "all", "bbox/AP~fog/1"]
+    plan = Plan(load_study(study), out, "torchvision")
+    (job,) = [job for job in plan.runs if (job.norm, job.condition) == ("BN", "by day")]
+    pictures = Adaptation(plan, plan.sets, job, 4, [0])._training_pictures()
+    assert [file.name for file in pictures] == [
+        "2.png",
+        "3.png",
+        "6.png",
+        "7.png",
+        "10.png",
+        "11.png",
+    ]
