@@ -212,8 +212,8 @@ def _image_by_image(x: Tensor) -> bool:
     """Return whether images in channels_last cost more to copy than to normalize one by one.
 
     In channels_last, an image with N C channels is a copy. On a CPU it takes longer than a call per
-    image from about 32,000 values an image on, and 3 times as long at 1.4 million. On a GPU calls
-    are dear and copies cheap.
+    image from about 32,000 values an image on, and 3 times as long at 1.4 million. On a GPU, calls
+    are expensive and copies are cheap.
     """
     n, *image = x.shape
     copied = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
