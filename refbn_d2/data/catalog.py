@@ -49,7 +49,10 @@ class Dataset:
 _registered: dict[str, Dataset] = {}
 
 
-def _builtin(name: str) -> Dataset:
+def builtin(name: str) -> Dataset | None:
+    """Return the data set that has this name without being registered, or None."""
+    if name not in _BUILTIN:
+        return None
     image_root, json_file = _BUILTIN[name]
     root = datasets_root()
     return Dataset(name, root / json_file, root / image_root)
@@ -66,15 +69,14 @@ def find(name: str) -> Dataset:
     Raises:
         ConfigError: no data set has this name.
     """
-    if name in _registered:
-        return _registered[name]
-    if name not in _BUILTIN:
+    dataset = _registered.get(name) or builtin(name)
+    if dataset is None:
         raise ConfigError(
             f"no data set is called {name!r}. Known: {', '.join(names())}. Register your own with "
             f"DATASETS.REGISTER (({name!r}, json, image_root),) in the config, or with "
             "register_coco_instances"
         )
-    return _builtin(name)
+    return dataset
 
 
 def get(name: str) -> Dataset:
@@ -109,7 +111,7 @@ def register_coco_instances(
     if not isinstance(name, str) or not name:
         raise ConfigError(f"the name of a data set must be a non-empty string, not {name!r}")
     dataset = Dataset(name, Path(json_file), Path(image_root))
-    known = _registered.get(name) or (_builtin(name) if name in _BUILTIN else dataset)
+    known = _registered.get(name) or builtin(name) or dataset
     if known != dataset:
         raise ConfigError(
             f"data set {name!r} is already {known.json_file} with images in {known.image_root}; "

@@ -332,12 +332,12 @@ def sets_of(study: Study, cfg, folder: Path) -> DetectionSets | ClassificationSe
 
 
 def _entries(*datasets: catalog.Dataset) -> tuple:
-    """Return DATASETS.REGISTER for the data sets that are not in the catalog."""
+    """Return DATASETS.REGISTER for the data sets that a new process does not know."""
     return tuple(
         {
             d.name: (d.name, str(d.json_file.resolve()), str(d.image_root.resolve()))
             for d in datasets
-            if d.name not in catalog.names()
+            if d != catalog.builtin(d.name)
         }.values()
     )
 

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from refbn_d2.config import get_cfg
+from refbn_d2.data import catalog
 from refbn_d2.study.data import ClassificationSets, DetectionSets
 from refbn_d2.study.plan import Plan, parse_only
 from refbn_d2.study.spec import load_study
@@ -44,6 +45,18 @@ def test_norms_times_seeds_times_conditions(coco, content, written):
     ]
     assert cfg.MODEL.WEIGHTS == "" and plan.pretrainings == []
     assert len({r.folder for r in plan.runs}) == 6
+
+
+@pytest.mark.parametrize("name", ["mine", "coco_2017_train"])
+def test_a_command_registers_what_a_new_process_does_not_know(coco, content, written, name):
+    """Data registered in this process, or another set under a name of COCO's."""
+    files = str(coco / "train.json"), str(coco / "train")
+    content["overrides"]["DATASETS.TRAIN"] = [name]
+    content["data"]["register"][name] = ["train.json", "train"]
+    if name == "mine":
+        catalog.register_coco_instances(name, *files)
+    cfg = merged(plan_of(written(content)).runs[0].stages[0])
+    assert cfg.DATASETS.REGISTER[0] == (name, *files)
 
 
 def test_only(coco, content, written):
