@@ -38,6 +38,7 @@ class Stage:
     arguments: tuple[str, ...]
     resumable: bool = False  # takes --resume if its output folder holds a checkpoint
     output_dir: Path | None = None
+    leaves: Path | None = None  # a file that exists, complete, once the stage is done
 
     def command(self, resume: bool = False) -> list[str]:
         more = ["--resume"] if resume else []
@@ -45,6 +46,11 @@ class Stage:
 
     def shown(self) -> str:
         return shlex.join(["python", "-m", self.module, *self.arguments])
+
+
+def _conversion(backbone: Path, norm: str, converted: Path) -> Stage:
+    arguments = (str(backbone), str(converted), "--to", "detectron2", "--norm", norm)
+    return Stage("convert", "refbn_d2.export", arguments, leaves=converted)
 
 
 @dataclass(frozen=True)
@@ -195,10 +201,14 @@ class Plan:
         cfg = self._resolved(overrides, f", norm {norm.name!r}, condition {condition.name!r}")
         folder = self.folder / "runs" / slug(condition.name) / slug(norm.name) / f"seed{seed}"
         pretraining = self._pretraining(norm) if condition.pretrained else None
-        weights = pretraining.folder / "backbone.pkl" if pretraining else None
+        weights = (pretraining.folder / "backbone.pkl").resolve() if pretraining else None
+        stages = []
+        if weights and norm.convert:
+            stages.append(_conversion(weights, norm.convert, folder.resolve() / "backbone.pth"))
+            weights = stages[0].leaves
         opts = [
             *flat(overrides), "SEED", seed, *self.sets.training(condition.hold_out),
-            *(["MODEL.WEIGHTS", str(weights.resolve())] if weights else []),
+            *(["MODEL.WEIGHTS", str(weights)] if weights else []),
         ]  # fmt: skip
         recipe = {
             **self._recipe(cfg), "SEED": seed, "engine": self.engine,
@@ -208,8 +218,9 @@ class Plan:
             "evaluate": self._predicted_on(), "code": code_hash(),
             "pretraining": pretraining and pretraining.id,
             "pretraining.recipe": pretraining and digest(pretraining.recipe),
+            **({"convert": norm.convert} if stages else {}),
         }  # fmt: skip
-        stages = [self._training(folder, study.config, opts), *self._evaluation(folder, opts)]
+        stages += [self._training(folder, study.config, opts), *self._evaluation(folder, opts)]
         return Job(
             f"run/{norm.name}/{condition.name}/{seed}", folder, tuple(stages), plain(recipe),
             pretraining.id if pretraining else "", norm.name, condition.name, seed,

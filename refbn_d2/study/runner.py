@@ -171,7 +171,11 @@ class Runner:
         check_free(job.folder, "--output-dir")  # of a training that outlived its study
         record = self.records[job.id]
         record.write(status="not run", error="")
-        todo = [stage for stage in job.stages if record.content["stages"].get(stage.name) != "done"]
+        todo = [
+            stage for stage in job.stages
+            if record.content["stages"].get(stage.name) != "done"
+            and not (stage.leaves and stage.leaves.exists())
+        ]  # fmt: skip
         output = open(job.folder / "output.txt", "ab", buffering=0)  # noqa: SIM115
         one = _Running(job, slot, record, output, iter(todo))
         self._advance(one)

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from refbn_d2.checkpoint.convert import TARGET_NORMS
 from refbn_d2.data.corruptions import CORRUPTIONS, SEVERITIES, SUBSET
 from refbn_d2.engines.select import ENGINES
 from refbn_d2.utils.errors import ConfigError
@@ -38,6 +39,7 @@ class Norm:
     name: str
     overrides: Overrides
     pretrain: Overrides  # of the pretraining; norms with equal overrides share one
+    convert: str  # norm that the pretrained backbone is converted to; "": none
     text: str  # description for the report
 
 
@@ -172,10 +174,12 @@ class _Reader:
                 self.config(section.get("config"), "pretrain.config"),
                 self.overrides(section.get("overrides"), "pretrain.overrides"),
             )
-        elif named := [norm.name for norm in norms.values() if norm.pretrain]:
-            raise self.error(
-                f"norms.{named[0]}.pretrain", "the study has no section `pretrain`; add it"
-            )
+        else:
+            for norm in norms.values():
+                for key in ("pretrain", "convert"):
+                    if getattr(norm, key):
+                        where = f"norms.{norm.name}.{key}"
+                        raise self.error(where, "the study has no section `pretrain`; add it")
         return Study(
             name=self.path.stem, file=self.path, title=str(top.get("title") or self.path.stem),
             text=str(top.get("text") or ""), task=task,
@@ -232,11 +236,14 @@ class _Reader:
         norms = {}
         for name, section in self.named(value, "norms").items():
             where = f"norms.{name}"
-            section = self.section(section, where, ("overrides", "pretrain", "text"))
+            section = self.section(section, where, ("overrides", "pretrain", "convert", "text"))
+            if convert := str(section.get("convert") or ""):
+                self.choice(convert, f"{where}.convert", TARGET_NORMS)
             norms[name] = Norm(
                 name,
                 self.overrides(section.get("overrides"), f"{where}.overrides"),
                 self.overrides(section.get("pretrain"), f"{where}.pretrain"),
+                convert,
                 str(section.get("text") or ""),
             )
         return norms

@@ -79,8 +79,9 @@ def test_pretrainings_are_shared(coco, content, written):
         "BN": {},
         "frozen": {"overrides": {"MODEL.RESNETS.NORM": "FrozenBN"}},
         "GN": {"pretrain": {"MODEL.NORM": "GN"}, "overrides": {"MODEL.RESNETS.NORM": "GN"}},
+        "RefIN": {"convert": "RefIN", "overrides": {"MODEL.RESNETS.NORM": "RefIN"}},
     }
-    content["conditions"] = {"fine": {}, "scratch": {"pretrained": False, "norms": ["BN"]}}
+    content["conditions"] = {"fine": {}, "scratch": {"pretrained": False, "norms": ["BN", "RefIN"]}}
     plan = plan_of(written(content))
     assert len(plan.pretrainings) == 2
     by_run = {(r.norm, r.condition): r for r in plan.runs if r.seed == 1}
@@ -90,6 +91,11 @@ def test_pretrainings_are_shared(coco, content, written):
     first = next(p for p in plan.pretrainings if p.id == by_run["BN", "fine"].needs)
     weights = merged(by_run["BN", "fine"].stages[0]).MODEL.WEIGHTS
     assert Path(weights) == (first.folder / "backbone.pkl").resolve()
+    conversion, training, *_ = by_run["RefIN", "fine"].stages
+    assert by_run["RefIN", "fine"].needs == first.id
+    assert conversion.arguments[0] == weights and "RefIN" in conversion.arguments
+    assert Path(merged(training).MODEL.WEIGHTS) == conversion.leaves
+    assert by_run["RefIN", "scratch"].stages[0].name == "train"
     only = plan.jobs(parse_only("norm=BN,condition=scratch", plan.study))
     assert [job.kind for job in only] == ["run", "run"]
 

@@ -1,5 +1,6 @@
 """Jobs in processes: done only once, resumed, diverged, failed, stopped, refused."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -72,6 +73,16 @@ def test_what_is_done_is_not_done_again(tmp_path, capfd):
     err = capfd.readouterr().err
     assert "2 jobs: 0 already done, 2 to run, 2 at a time" in err
     assert "2 jobs: 2 already done, 0 to run" in err and "[2/2] run/" in err
+
+
+def test_a_stage_that_was_killed_after_its_file_was_written_is_done(tmp_path):
+    one = job(tmp_path, "run/a", stages=2)
+    stages = one.stages[0], dataclasses.replace(one.stages[1], leaves=one.folder / "left")
+    one = dataclasses.replace(one, stages=stages)
+    one.folder.mkdir()
+    (one.folder / "left").touch()
+    Runner([one]).run()
+    assert said(one) == ["fine"] and Record(one).done
 
 
 def test_diverged_and_failed_do_not_stop_the_others(tmp_path, capfd):

@@ -43,6 +43,8 @@ def test_what_is_read(content, written):
         ({"overrides": {"SEED": 3}}, r"SEED is set by the study itself"),
         ({"overrides": {"SOLVER": {"BASE_LR": 1}}}, r"write full keys"),
         ({"norms": {"BN": {"pretrain": {"A.B": 1}}}}, r"no section `pretrain`"),
+        ({"norms": {"BN": {"convert": "RefIN"}}}, r"norms.BN.convert: .*no section `pretrain`"),
+        ({"norms": {"BN": {"convert": "RefNI"}}}, r"norms.BN.convert: 'RefNI'.*mean 'RefIN'"),
         ({"data": {"tuning": 1.5}}, r"data.tuning: is 1.5"),
     ],
 )
