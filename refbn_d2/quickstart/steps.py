@@ -95,7 +95,7 @@ def steps(out: str, changes: dict[str, list[str]]) -> list[Step]:
                 (
                     "-m", "refbn_d2.pretrain",
                     "--config-file", "configs/pretrain/shapes_resnet18_bn.yaml",
-                    "MODEL.NORM", norm, "SOLVER.EPOCHS", "3", "OUTPUT_DIR", folder,
+                    "MODEL.NORM", norm, "SOLVER.EPOCHS", "2", "OUTPUT_DIR", folder,
                     *changes["pretrain"],
                 ), 14, output_dir=folder,
             )

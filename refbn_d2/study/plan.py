@@ -48,20 +48,15 @@ class Stage:
         return shlex.join(["python", "-m", self.module, *self.arguments])
 
 
-def _conversion(backbone: Path, norm: str, converted: Path) -> Stage:
-    arguments = (str(backbone), str(converted), "--to", "detectron2", "--norm", norm)
-    return Stage("convert", "refbn_d2.export", arguments, leaves=converted)
-
-
 @dataclass(frozen=True)
 class Job:
-    """The work in one folder: a pretraining, or a run with its evaluation."""
+    """The work in one folder: a pretraining, its conversion, or a run with its evaluation."""
 
     id: str
     folder: Path
     stages: tuple[Stage, ...]
     recipe: Mapping[str, Any]
-    needs: str = ""  # id of the pretraining that it starts from
+    needs: str = ""  # id of the job whose backbone it starts from
     norm: str = ""
     condition: str = ""
     seed: int = -1
@@ -143,9 +138,9 @@ class Plan:
         self.sets = sets_of(study, self.cfg, self.folder)
         self.digests = self.sets.digests()
         self.runs = [self._run(*run) for run in runs_of(study)]
-        pretrainings = {job.id: job for job in map(self._pretraining, study.norms.values()) if job}
-        needed = {run.needs for run in self.runs}
-        self.pretrainings = [job for name, job in pretrainings.items() if name in needed]
+        backbones = {job.id: job for norm in study.norms.values() for job in self._backbones(norm)}
+        self.pretrainings = list(backbones.values())
+        self.pretrainings = self._needed(self.runs)
         folders = [job.folder for job in self.jobs()]
         if len(set(folders)) < len(folders):
             raise ConfigError(
@@ -162,8 +157,7 @@ class Plan:
         """
         only = only or Only()
         runs = [run for run in self.runs if run.run in only and run.run not in done]
-        needed = {run.needs for run in [*runs, *(self.timed() if only == Only() else ())]}
-        return [job for job in self.pretrainings if job.id in needed] + runs
+        return self._needed([*runs, *(self.timed() if only == Only() else ())]) + runs
 
     def timed(self) -> list[Job]:
         """Return the runs whose training is timed: the first seed of each norm."""
@@ -195,20 +189,23 @@ class Plan:
 
     # ---- parts
 
+    def _needed(self, runs: Iterable[Job]) -> list[Job]:
+        """Return the pretrainings and conversions that the runs start from, in their order."""
+        needed = {run.needs for run in runs}
+        needed |= {job.needs for job in self.pretrainings if job.id in needed}
+        return [job for job in self.pretrainings if job.id in needed]
+
     def _run(self, norm: Norm, condition: Condition, seed: int) -> Job:
         study = self.study
         overrides = study.overrides | condition.overrides | norm.overrides
         cfg = self._resolved(overrides, f", norm {norm.name!r}, condition {condition.name!r}")
         folder = self.folder / "runs" / slug(condition.name) / slug(norm.name) / f"seed{seed}"
-        pretraining = self._pretraining(norm) if condition.pretrained else None
-        weights = (pretraining.folder / "backbone.pkl").resolve() if pretraining else None
-        stages = []
-        if weights and norm.convert:
-            stages.append(_conversion(weights, norm.convert, folder.resolve() / "backbone.pth"))
-            weights = stages[0].leaves
+        backbones = self._backbones(norm) if condition.pretrained else []
+        pretraining = backbones[-1] if backbones else None
+        weights = pretraining.folder / "backbone.pkl" if pretraining else None
         opts = [
             *flat(overrides), "SEED", seed, *self.sets.training(condition.hold_out),
-            *(["MODEL.WEIGHTS", str(weights)] if weights else []),
+            *(["MODEL.WEIGHTS", str(weights.resolve())] if weights else []),
         ]  # fmt: skip
         recipe = {
             **self._recipe(cfg), "SEED": seed, "engine": self.engine,
@@ -218,9 +215,8 @@ class Plan:
             "evaluate": self._predicted_on(), "code": code_hash(),
             "pretraining": pretraining and pretraining.id,
             "pretraining.recipe": pretraining and digest(pretraining.recipe),
-            **({"convert": norm.convert} if stages else {}),
         }  # fmt: skip
-        stages += [self._training(folder, study.config, opts), *self._evaluation(folder, opts)]
+        stages = [self._training(folder, study.config, opts), *self._evaluation(folder, opts)]
         return Job(
             f"run/{norm.name}/{condition.name}/{seed}", folder, tuple(stages), plain(recipe),
             pretraining.id if pretraining else "", norm.name, condition.name, seed,
@@ -261,17 +257,19 @@ class Plan:
         arguments = words([*opts, *more])
         return [Stage("evaluate", "refbn_d2.study.classification", (*config, *sets, *arguments))]
 
-    def _pretraining(self, norm: Norm) -> Job | None:
+    def _backbones(self, norm: Norm) -> list[Job]:
+        """Return the pretraining of a norm and, if there is one, the conversion of its backbone."""
         section = self.study.pretrain
         if section is None:
-            return None
+            return []
         overrides = section.overrides | norm.pretrain
         cfg = self._pretrain_cfg(section.config, overrides, f", pretrain of norm {norm.name!r}")
         recipe = plain({**self._recipe(cfg), "code": code_hash()})
         name = f"{slug(cfg.MODEL.NORM)}-{digest(recipe)[:6]}"
         folder = self.folder / "pretrain" / name
         stage = self._training(folder, section.config, flat(overrides), "pretrain")
-        return Job(f"pretrain/{name}", folder, (stage,), recipe)
+        pretraining = Job(f"pretrain/{name}", folder, (stage,), recipe)
+        return [pretraining, *([_conversion(pretraining, norm.convert)] if norm.convert else [])]
 
     def _recipe(self, cfg) -> dict[str, Any]:
         return {k: v for k, v in leaves(cfg) if not k.startswith(_NOT_IN_RECIPE)}
@@ -323,6 +321,17 @@ class _named:
     def __exit__(self, kind, error, traceback) -> None:
         if isinstance(error, ValueError | KeyError):
             raise ConfigError(f"{self.where}: {error}") from error
+
+
+def _conversion(pretraining: Job, norm: str) -> Job:
+    name = f"{pretraining.folder.name}-to-{norm}"
+    folder = pretraining.folder.with_name(name)
+    converted = folder / "backbone.pkl"
+    source = pretraining.folder / converted.name
+    arguments = (str(source), str(converted), "--to", "detectron2", "--norm", norm)
+    stage = Stage("convert", "refbn_d2.export", arguments, leaves=converted)
+    recipe = {**pretraining.recipe, "convert": norm}
+    return Job(f"pretrain/{name}", folder, (stage,), recipe, needs=pretraining.id)
 
 
 def cell_name(norm: str, condition: str) -> str:

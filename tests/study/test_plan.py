@@ -79,9 +79,8 @@ def test_pretrainings_are_shared(coco, content, written):
         "BN": {},
         "frozen": {"overrides": {"MODEL.RESNETS.NORM": "FrozenBN"}},
         "GN": {"pretrain": {"MODEL.NORM": "GN"}, "overrides": {"MODEL.RESNETS.NORM": "GN"}},
-        "RefIN": {"convert": "RefIN", "overrides": {"MODEL.RESNETS.NORM": "RefIN"}},
     }
-    content["conditions"] = {"fine": {}, "scratch": {"pretrained": False, "norms": ["BN", "RefIN"]}}
+    content["conditions"] = {"fine": {}, "scratch": {"pretrained": False, "norms": ["BN"]}}
     plan = plan_of(written(content))
     assert len(plan.pretrainings) == 2
     by_run = {(r.norm, r.condition): r for r in plan.runs if r.seed == 1}
@@ -91,13 +90,26 @@ def test_pretrainings_are_shared(coco, content, written):
     first = next(p for p in plan.pretrainings if p.id == by_run["BN", "fine"].needs)
     weights = merged(by_run["BN", "fine"].stages[0]).MODEL.WEIGHTS
     assert Path(weights) == (first.folder / "backbone.pkl").resolve()
-    conversion, training, *_ = by_run["RefIN", "fine"].stages
-    assert by_run["RefIN", "fine"].needs == first.id
-    assert conversion.arguments[0] == weights and "RefIN" in conversion.arguments
-    assert Path(merged(training).MODEL.WEIGHTS) == conversion.leaves
-    assert by_run["RefIN", "scratch"].stages[0].name == "train"
     only = plan.jobs(parse_only("norm=BN,condition=scratch", plan.study))
     assert [job.kind for job in only] == ["run", "run"]
+
+
+def test_a_converted_backbone(coco, content, written):
+    content["pretrain"] = {"config": str(ROOT / "configs/pretrain/shapes_resnet18_bn.yaml")}
+    content["norms"] = {
+        "BN": {},
+        "RefIN": {"convert": "RefIN", "overrides": {"MODEL.RESNETS.NORM": "RefIN"}},
+    }
+    plan = plan_of(written(content))
+    first, *_ = jobs = plan.jobs(parse_only("norm=RefIN,seed=1", plan.study))
+    assert [job.stages[0].name for job in jobs] == ["pretrain", "convert", "train"]
+    assert [job.needs for job in jobs] == ["", jobs[0].id, jobs[1].id]
+    convert = jobs[1].stages[0]
+    assert convert.arguments[0] == str(first.folder / "backbone.pkl")
+    assert convert.arguments[1] == str(convert.leaves) and convert.arguments[-1] == "RefIN"
+    assert Path(merged(jobs[2].stages[0]).MODEL.WEIGHTS) == convert.leaves.resolve()
+    settings = plan.settings()
+    assert settings["norm=RefIN,condition=two iid"] != settings["norm=BN,condition=two iid"]
 
 
 def test_what_a_recipe_holds(coco, content, written):
