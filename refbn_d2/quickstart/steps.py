@@ -95,8 +95,8 @@ def steps(out: str, changes: dict[str, list[str]]) -> list[Step]:
                 (
                     "-m", "refbn_d2.pretrain",
                     "--config-file", "configs/pretrain/shapes_resnet18_bn.yaml",
-                    "MODEL.NORM", norm, "SOLVER.EPOCHS", "2", "SOLVER.IMS_PER_BATCH", "64",
-                    "OUTPUT_DIR", folder, *changes["pretrain"],
+                    "MODEL.NORM", norm, "SOLVER.EPOCHS", "3", "OUTPUT_DIR", folder,
+                    *changes["pretrain"],
                 ), 14, output_dir=folder,
             )
         )  # fmt: skip
