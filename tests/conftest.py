@@ -5,14 +5,6 @@ import pytest
 QUICKSTART = "configs/quickstart/mask_rcnn_R_18_FPN_refbn.yaml"
 
 
-@pytest.fixture(autouse=True)
-def no_registered_data(monkeypatch):
-    """No data set that an earlier test registered is known."""
-    from refbn_d2.data import catalog
-
-    monkeypatch.setattr(catalog, "_registered", {})
-
-
 @pytest.fixture
 def free_port():
     """A TCP port of this machine that nobody listens on."""

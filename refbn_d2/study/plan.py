@@ -140,7 +140,6 @@ class Plan:
         self.runs = [self._run(*run) for run in runs_of(study)]
         backbones = {job.id: job for norm in study.norms.values() for job in self._backbones(norm)}
         self.pretrainings = list(backbones.values())
-        self.pretrainings = self._needed(self.runs)
         folders = [job.folder for job in self.jobs()]
         if len(set(folders)) < len(folders):
             raise ConfigError(

@@ -8,8 +8,9 @@ from refbn_d2.utils.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
-def root(monkeypatch, tmp_path):
-    """A root of datasets that nothing has been put into."""
+def fresh(monkeypatch, tmp_path):
+    """An empty registry, and a root of datasets that nothing has been put into."""
+    monkeypatch.setattr(catalog, "_registered", {})
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
 
 

@@ -48,8 +48,11 @@ def test_norms_times_seeds_times_conditions(coco, content, written):
 
 
 @pytest.mark.parametrize("name", ["mine", "coco_2017_train"])
-def test_a_command_registers_what_a_new_process_does_not_know(coco, content, written, name):
+def test_a_command_registers_what_a_new_process_does_not_know(
+    coco, content, written, name, monkeypatch
+):
     """Data registered in this process, or another set under a name of COCO's."""
+    monkeypatch.setattr(catalog, "_registered", {})
     files = str(coco / "train.json"), str(coco / "train")
     content["overrides"]["DATASETS.TRAIN"] = [name]
     content["data"]["register"][name] = ["train.json", "train"]
