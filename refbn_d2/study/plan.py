@@ -201,6 +201,9 @@ class Plan:
         folder = self.folder / "runs" / slug(condition.name) / slug(norm.name) / f"seed{seed}"
         backbones = self._backbones(norm) if condition.pretrained else []
         pretraining = backbones[-1] if backbones else None
+        if pretraining and norm.convert:
+            where = f"study file {study.file}, norms.{norm.name}"
+            _check_conversion(norm.convert, cfg.MODEL.RESNETS.NORM, where)
         weights = pretraining.folder / "backbone.pkl" if pretraining else None
         opts = [
             *flat(overrides), "SEED", seed, *self.sets.training(condition.hold_out),
@@ -268,7 +271,15 @@ class Plan:
         folder = self.folder / "pretrain" / name
         stage = self._training(folder, section.config, flat(overrides), "pretrain")
         pretraining = Job(f"pretrain/{name}", folder, (stage,), recipe)
-        return [pretraining, *([_conversion(pretraining, norm.convert)] if norm.convert else [])]
+        if not norm.convert:
+            return [pretraining]
+        if cfg.MODEL.NORM in ("GN", "RefIN"):
+            raise ConfigError(
+                f"study file {self.study.file}, norms.{norm.name}.convert: a backbone that is "
+                f"pretrained with {cfg.MODEL.NORM} cannot be converted to {norm.convert}; only one "
+                "with a batch norm can"
+            )
+        return [pretraining, _conversion(pretraining, norm.convert)]
 
     def _recipe(self, cfg) -> dict[str, Any]:
         return {k: v for k, v in leaves(cfg) if not k.startswith(_NOT_IN_RECIPE)}
@@ -322,6 +333,14 @@ class _named:
             raise ConfigError(f"{self.where}: {error}") from error
 
 
+def _check_conversion(converted: str, used: str, where: str) -> None:
+    if (converted == "RefIN") != (used == "RefIN"):
+        raise ConfigError(
+            f"{where}: the backbone is converted to {converted}, but "
+            f"MODEL.RESNETS.NORM is {used}; make them agree"
+        )
+
+
 def _conversion(pretraining: Job, norm: str) -> Job:
     name = f"{pretraining.folder.name}-to-{norm}"
     folder = pretraining.folder.with_name(name)
@@ -330,7 +349,7 @@ def _conversion(pretraining: Job, norm: str) -> Job:
     arguments = (str(source), str(converted), "--to", "detectron2", "--norm", norm)
     stage = Stage("convert", "refbn_d2.export", arguments, leaves=converted)
     recipe = {**pretraining.recipe, "convert": norm}
-    return Job(f"pretrain/{name}", folder, (stage,), recipe, needs=pretraining.id)
+    return Job(f"convert/{name}", folder, (stage,), recipe, needs=pretraining.id)
 
 
 def cell_name(norm: str, condition: str) -> str:

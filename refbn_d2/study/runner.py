@@ -123,6 +123,8 @@ class Runner:
                 asked to write its checkpoint.
         """
         waiting = [job for job in self.jobs if self.records[job.id].status not in ENDED]
+        for name in {job.id for job in waiting}:  # what failed in an earlier call
+            self.records[name].content["status"] = "not run"
         done = len(self.jobs) - len(waiting)
         _say(f"{len(self.jobs)} jobs: {done} already done, {len(waiting)} to run, "
              f"{self.slots} at a time.")  # fmt: skip
@@ -177,9 +179,7 @@ class Runner:
             and not (stage.leaves and stage.leaves.exists())
         ]  # fmt: skip
         output = open(job.folder / "output.txt", "ab", buffering=0)  # noqa: SIM115
-        one = _Running(job, slot, record, output, iter(todo))
-        self._advance(one)
-        return one
+        return _Running(job, slot, record, output, iter(todo))
 
     def _advance(self, one: _Running) -> bool:
         """Start the next stage if one has ended; return whether the job has ended."""

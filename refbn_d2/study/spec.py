@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from refbn_d2.checkpoint.convert import TARGET_NORMS
+from refbn_d2.data import catalog
 from refbn_d2.data.corruptions import CORRUPTIONS, SEVERITIES, SUBSET
 from refbn_d2.engines.select import ENGINES
 from refbn_d2.utils.errors import ConfigError
@@ -178,8 +179,12 @@ class _Reader:
             for norm in norms.values():
                 for key in ("pretrain", "convert"):
                     if getattr(norm, key):
-                        where = f"norms.{norm.name}.{key}"
-                        raise self.error(where, "the study has no section `pretrain`; add it")
+                        what = (
+                            "is only for task: detection; remove it"
+                            if task == "classification"
+                            else "the study has no section `pretrain`; add it"
+                        )
+                        raise self.error(f"norms.{norm.name}.{key}", what)
         return Study(
             name=self.path.stem, file=self.path, title=str(top.get("title") or self.path.stem),
             text=str(top.get("text") or ""), task=task,
@@ -279,6 +284,8 @@ class _Reader:
         for name, files in register.items():
             if not (isinstance(files, list) and len(files) == 2 and all(map(str, files))):
                 raise self.error(f"data.register.{name}", f"is {files!r}; write [json, images]")
+            if catalog.builtin(str(name)):
+                raise self.error(f"data.register.{name}", "is a built-in data set; rename it")
             entries[str(name)] = (str(files[0]), str(files[1]))
         tuning = section.get("tuning", 0)
         if not isinstance(tuning, int | float) or not 0 <= tuning < 1:

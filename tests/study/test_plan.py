@@ -8,6 +8,7 @@ import yaml
 
 from refbn_d2.config import get_cfg
 from refbn_d2.data import catalog
+from refbn_d2.export.__main__ import parser as export_parser
 from refbn_d2.study.data import ClassificationSets, DetectionSets
 from refbn_d2.study.plan import Plan, parse_only
 from refbn_d2.study.spec import load_study
@@ -47,19 +48,12 @@ def test_norms_times_seeds_times_conditions(coco, content, written):
     assert len({r.folder for r in plan.runs}) == 6
 
 
-@pytest.mark.parametrize("name", ["mine", "coco_2017_train"])
-def test_a_command_registers_what_a_new_process_does_not_know(
-    coco, content, written, name, monkeypatch
-):
-    """Data registered in this process, or another set under a name of COCO's."""
+def test_a_command_registers_what_only_this_process_knows(coco, content, written, monkeypatch):
     monkeypatch.setattr(catalog, "_registered", {})
     files = str(coco / "train.json"), str(coco / "train")
-    content["overrides"]["DATASETS.TRAIN"] = [name]
-    content["data"]["register"][name] = ["train.json", "train"]
-    if name == "mine":
-        catalog.register_coco_instances(name, *files)
+    catalog.register_coco_instances("mine", *files)
     cfg = merged(plan_of(written(content)).runs[0].stages[0])
-    assert cfg.DATASETS.REGISTER[0] == (name, *files)
+    assert cfg.DATASETS.REGISTER[0] == ("mine", *files)
 
 
 def test_only(coco, content, written):
@@ -99,20 +93,45 @@ def test_pretrainings_are_shared(coco, content, written):
 
 def test_a_converted_backbone(coco, content, written):
     content["pretrain"] = {"config": str(ROOT / "configs/pretrain/shapes_resnet18_bn.yaml")}
+    refin = {"MODEL.RESNETS.NORM": "RefIN"}
     content["norms"] = {
         "BN": {},
-        "RefIN": {"convert": "RefIN", "overrides": {"MODEL.RESNETS.NORM": "RefIN"}},
+        "RefIN": {"convert": "RefIN", "overrides": refin},
+        "pretrained": {"pretrain": {"MODEL.NORM": "RefIN"}, "overrides": refin},
+        "static": {"convert": "RefIN", "overrides": refin | {"MODEL.REFBN.REFRESH": "static"}},
     }
     plan = plan_of(written(content))
+    assert [job.kind for job in plan.pretrainings] == ["pretrain", "convert", "pretrain"]
+    only = plan.jobs(parse_only("norm=BN", plan.study))
+    assert [job.kind for job in only] == ["pretrain", "run", "run"]
     first, *_ = jobs = plan.jobs(parse_only("norm=RefIN,seed=1", plan.study))
     assert [job.stages[0].name for job in jobs] == ["pretrain", "convert", "train"]
     assert [job.needs for job in jobs] == ["", jobs[0].id, jobs[1].id]
     convert = jobs[1].stages[0]
     assert convert.arguments[0] == str(first.folder / "backbone.pkl")
-    assert convert.arguments[1] == str(convert.leaves) and convert.arguments[-1] == "RefIN"
+    args = export_parser().parse_args(convert.arguments)
+    assert (args.dst, args.to, args.norm) == (str(convert.leaves), "detectron2", "RefIN")
     assert Path(merged(jobs[2].stages[0]).MODEL.WEIGHTS) == convert.leaves.resolve()
     settings = plan.settings()
-    assert settings["norm=RefIN,condition=two iid"] != settings["norm=BN,condition=two iid"]
+    assert len({settings[f"norm={norm},condition=two iid"] for norm in content["norms"]}) == 4
+
+
+@pytest.mark.parametrize(
+    "norm, message",
+    [
+        ({"convert": "RefIN"}, "converted to RefIN, but MODEL.RESNETS.NORM is BN"),
+        (
+            {"convert": "BN", "overrides": {"MODEL.RESNETS.NORM": "RefIN"}},
+            "converted to BN, but MODEL.RESNETS.NORM is RefIN",
+        ),
+        ({"convert": "BN", "pretrain": {"MODEL.NORM": "GN"}}, "with GN cannot be converted to BN"),
+    ],
+)
+def test_a_conversion_that_cannot_be_used_is_refused_at_once(coco, content, written, norm, message):
+    content["pretrain"] = {"config": str(ROOT / "configs/pretrain/shapes_resnet18_bn.yaml")}
+    content["norms"] = {"BN": norm}
+    with pytest.raises(ConfigError, match=f"norms.BN.*{message}"):
+        plan_of(written(content))
 
 
 def test_what_a_recipe_holds(coco, content, written):

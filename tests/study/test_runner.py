@@ -75,14 +75,15 @@ def test_what_is_done_is_not_done_again(tmp_path, capfd):
     assert "2 jobs: 2 already done, 0 to run" in err and "[2/2] run/" in err
 
 
-def test_a_stage_that_was_killed_after_its_file_was_written_is_done(tmp_path):
-    one = job(tmp_path, "run/a", stages=2)
-    stages = one.stages[0], dataclasses.replace(one.stages[1], leaves=one.folder / "left")
-    one = dataclasses.replace(one, stages=stages)
+def test_a_stage_that_was_killed_after_its_file_was_written_is_done(tmp_path, capfd):
+    one = job(tmp_path, "convert/a")
+    stage = dataclasses.replace(one.stages[0], leaves=one.folder / "left")
+    one = dataclasses.replace(one, stages=(stage,))
     one.folder.mkdir()
     (one.folder / "left").touch()
     Runner([one]).run()
-    assert said(one) == ["fine"] and Record(one).done
+    assert not (one.folder / "said").exists() and Record(one).done
+    assert capfd.readouterr().err.count("convert/a done") == 1
 
 
 def test_diverged_and_failed_do_not_stop_the_others(tmp_path, capfd):
@@ -101,6 +102,19 @@ def test_diverged_and_failed_do_not_stop_the_others(tmp_path, capfd):
     assert "1 diverged, 2 failed" in capfd.readouterr().err
     Runner(jobs, 1).run()  # failed jobs run again; diverged ones do not
     assert len(said(jobs[0])) == 2 and len(said(jobs[2])) == 1
+
+
+def test_a_chain_that_failed_is_tried_again_from_its_start(tmp_path):
+    chain = [
+        job(tmp_path, "pretrain/p", "fail"),
+        job(tmp_path, "convert/p", needs="pretrain/p"),
+        job(tmp_path, "run/of p", needs="convert/p"),
+    ]
+    Runner(chain, 2).run()
+    assert [Record(one).status for one in chain] == ["failed"] * 3
+    chain[0] = job(tmp_path, "pretrain/p")
+    Runner(chain, 2).run()
+    assert [Record(one).status for one in chain] == ["done"] * 3
 
 
 def test_a_pretraining_goes_first(tmp_path):
