@@ -1,6 +1,5 @@
 """Results of an earlier session, from its CSV: their runs need not be repeated."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from refbn_d2.study.fingerprint import code_hash
 from refbn_d2.study.plan import Plan, cell_name
 from refbn_d2.study.report import about_of
 from refbn_d2.study.results import Row, read_csv
+from refbn_d2.study.runner import say
 from refbn_d2.study.spec import Evaluate
 from refbn_d2.utils.errors import ConfigError
 
@@ -62,11 +62,11 @@ def earlier_results(file: Path, plan: Plan, same_code: str = "") -> Mapping[Run,
     if about.settings:
         _check_settings(yaml, about.settings, runs, plan)
     else:
-        _say(f"Warning: {yaml} has no `settings`, so those of its runs cannot be compared.")
+        say(f"Warning: {yaml} has no `settings`, so those of its runs cannot be compared.")
     lacking = {run: _lacking(own, study.evaluate) for run, own in runs.items()}
     if repeated := [run for run in runs if lacking[run]]:
         metrics = dict.fromkeys(metric for run in repeated for metric in lacking[run])
-        _say(f"{len(repeated)} runs of {file} are repeated: they have no {', '.join(metrics)}.")
+        say(f"{len(repeated)} runs of {file} are repeated: they have no {', '.join(metrics)}.")
     return {run: own for run, own in runs.items() if not lacking[run]}
 
 
@@ -94,7 +94,3 @@ def _lacking(rows: Sequence[Row], evaluate: Evaluate) -> list[str]:
     if evaluate.domains and not any("@" in metric for metric in found):
         wanted.append(f"{evaluate.metrics[0]}@<domain>")
     return [metric for metric in wanted if metric not in found]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

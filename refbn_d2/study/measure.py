@@ -5,7 +5,6 @@ import json
 import math
 import platform
 import shlex
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -22,7 +21,7 @@ from refbn_d2.study.fingerprint import code_hash
 from refbn_d2.study.plan import Plan, parse_only, plain
 from refbn_d2.study.report import About, drawn, html, markdown
 from refbn_d2.study.results import Row, write_csv
-from refbn_d2.study.runner import Record, Runner
+from refbn_d2.study.runner import Record, Runner, say
 from refbn_d2.study.spec import Study, load_study
 from refbn_d2.study.tables import table_of
 from refbn_d2.study.timing import measure_timing
@@ -182,7 +181,7 @@ def write_results(
     write_text(folder / "results.json", json.dumps(_without_nan(content), indent=1))
     write_text(folder / "results.md", markdown(rows, about, level=1))
     write_text(folder / "report.html", html(rows, about, _pictures(plan, rows), resampled))
-    _say(f"Wrote {folder / 'results.csv'} ({len(rows)} rows) and {folder / 'report.html'}.")
+    say(f"Wrote {folder / 'results.csv'} ({len(rows)} rows) and {folder / 'report.html'}.")
 
 
 def _cost_rows(study: Study, costs: Mapping[str, Mapping]) -> Iterable[Row]:
@@ -230,7 +229,3 @@ def _without_nan(value):
     if isinstance(value, list | tuple):
         return [_without_nan(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

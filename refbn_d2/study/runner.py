@@ -123,10 +123,10 @@ class Runner:
                 asked to write its checkpoint.
         """
         waiting = [job for job in self.jobs if self.records[job.id].status not in ENDED]
-        for name in {job.id for job in waiting}:  # what failed in an earlier call
-            self.records[name].content["status"] = "not run"
+        for failed in waiting:  # in an earlier call
+            self.records[failed.id].content["status"] = "not run"
         done = len(self.jobs) - len(waiting)
-        _say(f"{len(self.jobs)} jobs: {done} already done, {len(waiting)} to run, "
+        say(f"{len(self.jobs)} jobs: {done} already done, {len(waiting)} to run, "
              f"{self.slots} at a time.")  # fmt: skip
         running: list[_Running] = []
         before = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -160,7 +160,7 @@ class Runner:
             if status in ("failed", "diverged"):
                 waiting.remove(job)
                 self.records[job.id].write(status="failed", error=f"its {job.needs} {status}")
-                _say(f"{job.id}: not run, its {job.needs} {status}")
+                say(f"{job.id}: not run, its {job.needs} {status}")
         return None
 
     def _start(self, job: Job, slot: int) -> _Running:
@@ -230,7 +230,7 @@ class Runner:
         counts = [r.status for r in self.records.values()]
         bad = [f"{counts.count(s)} {s}" for s in ("diverged", "failed") if s in counts]
         error = f": {one.record.content['error']}" if one.record.content["error"] else ""
-        _say(
+        say(
             f"[{len(counts) - len(waiting) - len(running)}/{len(counts)}] {one.job.id} "
             f"{one.record.status}{error} ({one.record.content['seconds']:.0f} s)"
             + "".join(f", {text}" for text in bad)
@@ -260,9 +260,7 @@ class Runner:
     def _end(self, running: list[_Running]) -> None:
         """End the running processes; each writes a checkpoint."""
         if running:
-            _say(
-                f"Stopping {len(running)} runs; each writes a checkpoint. Start again to continue."
-            )
+            say(f"Stopping {len(running)} runs; each writes a checkpoint. Start again to continue.")
         for one in running:
             if one.process and one.process.poll() is None:
                 one.process.terminate()
@@ -281,5 +279,6 @@ def _why(code: int, one: _Running) -> tuple[str, str]:
     return status, f"{one.stage}: {last[:500]} (exit code {code})"
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a line of progress on stderr at once."""
     print(text, file=sys.stderr, flush=True)

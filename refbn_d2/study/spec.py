@@ -175,16 +175,15 @@ class _Reader:
                 self.config(section.get("config"), "pretrain.config"),
                 self.overrides(section.get("overrides"), "pretrain.overrides"),
             )
-        else:
-            for norm in norms.values():
-                for key in ("pretrain", "convert"):
-                    if getattr(norm, key):
-                        what = (
-                            "is only for task: detection; remove it"
-                            if task == "classification"
-                            else "the study has no section `pretrain`; add it"
-                        )
-                        raise self.error(f"norms.{norm.name}.{key}", what)
+        elif keys := [
+            f"norms.{norm.name}.{key}"
+            for norm in norms.values()
+            for key in ("pretrain", "convert")
+            if getattr(norm, key)
+        ]:
+            if task == "classification":
+                raise self.error(keys[0], "is only for task: detection; remove it")
+            raise self.error(keys[0], "the study has no section `pretrain`; add it")
         return Study(
             name=self.path.stem, file=self.path, title=str(top.get("title") or self.path.stem),
             text=str(top.get("text") or ""), task=task,

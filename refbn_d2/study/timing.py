@@ -12,13 +12,13 @@ import re
 import shutil
 import statistics
 import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 from refbn_d2.study.data import DetectionSets
 from refbn_d2.study.evaluation import read_curves
 from refbn_d2.study.plan import Job, Plan, Stage, digest, words
+from refbn_d2.study.runner import say
 from refbn_d2.utils.file_io import write_text
 
 SECONDS, RATIO, MEMORY = "seconds a step", "time ratio", "peak memory (MB)"
@@ -39,7 +39,7 @@ def measure_timing(plan: Plan, gpus: list[str]) -> dict[str, dict[str, dict[str,
         recipe |= {"rounds": timing.rounds, "steps": timing.steps}
         before = json.loads(path.read_text()) if path.exists() else {}
         if before.get("recipe") != recipe:
-            print(f"Timing {len(jobs)} norms under {condition!r}.", file=sys.stderr, flush=True)
+            say(f"Timing {len(jobs)} norms under {condition!r}.")
             before = {"recipe": recipe, "values": _measure(plan, jobs, gpus)}
             write_text(path, json.dumps(before, indent=1))
         found[condition] = before["values"]

@@ -44,6 +44,10 @@ def test_what_is_read(content, written):
         ({"overrides": {"SOLVER": {"BASE_LR": 1}}}, r"write full keys"),
         ({"norms": {"BN": {"pretrain": {"A.B": 1}}}}, r"no section `pretrain`"),
         ({"norms": {"BN": {"convert": "RefIN"}}}, r"norms.BN.convert: .*no section `pretrain`"),
+        (
+            {"task": "classification", "norms": {"BN": {"pretrain": {"A.B": 1}}}, "data": {}},
+            r"norms.BN.pretrain: is only for task: detection",
+        ),
         ({"norms": {"BN": {"convert": "RefNI"}}}, r"norms.BN.convert: 'RefNI'.*mean 'RefIN'"),
         ({"data": {"register": {"coco_2017_val": ["a", "b"]}}}, r"coco_2017_val: is a built-in"),
         ({"data": {"tuning": 1.5}}, r"data.tuning: is 1.5"),
