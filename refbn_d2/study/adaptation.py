@@ -46,7 +46,7 @@ from refbn_d2.study.evaluation import evaluate_run
 from refbn_d2.study.fingerprint import code_hash
 from refbn_d2.study.plan import Job, Plan, parse_only, slug
 from refbn_d2.study.report import About
-from refbn_d2.study.results import Row, write_csv
+from refbn_d2.study.results import Row, read_csv, write_csv
 from refbn_d2.study.runner import Record
 from refbn_d2.study.spec import Study, load_study
 from refbn_d2.utils.arguments import run_or_exit
@@ -57,8 +57,9 @@ from refbn_d2.utils.file_io import write_text
 from refbn_d2.utils.lock import locked
 
 SAME = "same camera"
+IMAGES, PRIORS = 32, [16, 0]
 TEXT = (
-    "The norms' moments adapted to 32 unlabeled training pictures of the kind of the test ones. "
+    "The norms' moments adapted to {} unlabeled training pictures of the kind of the test ones. "
     "N is the number of pictures that the old moments count as; BN with N = 0 has recomputed "
     "statistics. A column names the condition of the training and the kind of the pictures."
 )
@@ -79,18 +80,33 @@ def measure(args: argparse.Namespace) -> None:
     jobs = [job for job in plan.runs if job.run in only and Record(job).status == "done"]
     if not jobs:
         raise ConfigError(f"{folder} has no run that is done: run the study first")
-    rows: list[Row] = []
-    with locked(folder / "adaptation", "--output-dir"):
+    about = About(
+        f"{study.name}_adaptation", f"{study.title}, a new camera", study.baseline,
+        TEXT.format(args.images), _command(study, args.images, args.prior_images),
+        code=code_hash(),
+    )  # fmt: skip
+    header = yaml.safe_dump(vars(about), sort_keys=False, width=100)
+    folder /= "adaptation"
+    with locked(folder, "--output-dir"):
+        rows = _earlier_rows(folder, header)
         for job in tqdm(jobs, "adapting", disable=None):
-            rows += Adaptation(plan, plan.sets, job, args.images, args.prior_images).rows()
-        folder /= "adaptation"
-        write_csv(rows, folder / "results.csv")
-        about = About(
-            rows[0].study, f"{study.title}, a new camera", study.baseline, TEXT, _command(study),
-            code=code_hash(),
-        )  # fmt: skip
-        write_text(folder / "results.yaml", yaml.safe_dump(vars(about), sort_keys=False, width=100))
+            measured = Adaptation(plan, plan.sets, job, args.images, args.prior_images).rows()
+            rows |= {_key(row): row for row in measured}
+        write_csv(rows.values(), folder / "results.csv")
+        write_text(folder / "results.yaml", header)
     print(f"Wrote {folder / 'results.csv'} ({len(rows)} rows).")
+
+
+def _earlier_rows(folder: Path, header: str) -> dict[tuple, Row]:
+    """Return the rows that the same command wrote with the same code, as with another --only."""
+    file, about = folder / "results.csv", folder / "results.yaml"
+    if not file.is_file() or not about.is_file() or about.read_text() != header:
+        return {}
+    return {_key(row): row for row in read_csv(file)}
+
+
+def _key(row: Row) -> tuple:
+    return row.norm, row.seed, row.condition, row.metric
 
 
 class Adaptation:
@@ -115,7 +131,7 @@ class Adaptation:
     def rows(self) -> Iterator[Row]:
         job, name = self.job, f"{self.plan.study.name}_adaptation"
         only = f"norm={job.norm},seed={job.seed},condition={job.condition}"
-        command = _command(self.plan.study, "--only", only)
+        command = _command(self.plan.study, self.images, self.priors, "--only", only)
         for target in self._targets():
             before = {m: self.measured[self._metric(m, target)] for m in self.metrics}
             found = [(job.norm, m, value, n) for m, (value, n, _) in before.items()]
@@ -210,8 +226,12 @@ class Adaptation:
         return cfg
 
 
-def _command(study: Study, *more: str) -> str:
-    command = ("python", "-m", "refbn_d2.study.adaptation", "--study", str(study.file))
+def _command(study: Study, images: int, priors: Sequence[int], *more: str) -> str:
+    command = ["python", "-m", "refbn_d2.study.adaptation", "--study", str(study.file)]
+    if images != IMAGES:
+        command += ["--images", str(images)]
+    if list(priors) != PRIORS:
+        command += ["--prior-images", *map(str, priors)]
     return shlex.join([*command, *more])
 
 
@@ -224,9 +244,9 @@ def main() -> None:
     p.add_argument(
         "--only", default="", metavar="norm=X,seed=N,condition=Y", help="only these runs"
     )
-    p.add_argument("--images", type=int, default=32, help="pictures to adapt to; default: 32")
+    p.add_argument("--images", type=int, default=IMAGES, help="pictures to adapt to; default: 32")
     p.add_argument(
-        "--prior-images", type=int, nargs="+", default=[16, 0], metavar="N",
+        "--prior-images", type=int, nargs="+", default=PRIORS, metavar="N",
         help="pictures that the old moments count as; default: 16 and 0",
     )  # fmt: skip
     run_or_exit(measure, p.parse_args(), extra="study")

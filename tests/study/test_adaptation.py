@@ -47,6 +47,10 @@ def test_domains_and_corruptions(coco, content, written, tmp_path):
         done = run(*adapt, "--images", 4)
         assert done.returncode == 0, done.stderr
         rows = read_csv(out / "adaptation/results.csv")
+    done = run(*adapt, "--images", 4, "--only", "norm=GN,condition=by day")
+    assert done.returncode == 0, done.stderr
+    assert read_csv(out / "adaptation/results.csv") == rows  # and not those of GN alone
+    assert all("--images 4 --only" in row.command for row in rows)
     targets = {r.condition: r.n for r in rows}
     assert targets == {"all: fog/1": 4, "all: same camera": 8, "by day: night": 4}
     assert {r.norm for r in rows} == {"BN", "BN, N = 16", "BN, N = 0", "GN"}
