@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from refbn_d2.checkpoint.convert import norm_of
-from refbn_d2.checkpoint.names import backbone_prefix, to_detectron2
+from refbn_d2.checkpoint.names import backbone_prefix, resnet_name, to_detectron2
 from refbn_d2.checkpoint.prefixes import resnet_of, without_prefix
 from refbn_d2.checkpoint.resnets import ResNetSpec, recognize_unsupported
 from refbn_d2.checkpoint.tensors import check_weight
@@ -171,12 +171,17 @@ def _check_form(
 ) -> None:
     """Tell RefIN from the other norms, which have tensors of the same names."""
 
+    def own_names(names: Iterable[str]) -> dict[str, str]:
+        """Return {Detectron2's name without a place: name}, the same in a classifier of timm."""
+        return {(resnet_name(name) or ("", name))[1]: name for name in names}
+
     def refin(names: Iterable[str]) -> set[str]:
         layers = {name.rpartition(".")[0] for name in names if name.endswith(".ref_mean")}
         return {layer for layer in layers if f"{layer}.running_mean" not in names}
 
-    differing = refin(state) ^ refin(target)
-    both = [name.rpartition(".")[0] for name in target if name in state and name.endswith("weight")]
+    theirs, ours = own_names(state), own_names(target)
+    differing = refin(theirs) ^ refin(ours)
+    both = [name.rpartition(".")[0] for name in ours if name in theirs and name.endswith("weight")]
     wrong = [layer for layer in both if layer in differing]
     if not wrong:
         return
@@ -184,12 +189,13 @@ def _check_form(
     def norm(names: Iterable[str]) -> str:
         return norm_of(name for name in names if name.startswith(f"{wrong[0]}."))
 
+    layer = ours[f"{wrong[0]}.weight"].removesuffix(".weight")
     message = (
-        f"{source}: {wrong[0]} is {norm(state)} in the file and {norm(target)} in the model, which "
+        f"{source}: {layer} is {norm(theirs)} in the file and {norm(ours)} in the model, which "
         f"computes something else ({len(wrong)} such norms). Set the config's NORM to "
-        f"{norm(state)}"
+        f"{norm(theirs)}"
     )
-    if norm(target) == "RefIN":
+    if norm(ours) == "RefIN" and norm(theirs) != "GN":
         message += ", or convert the file with tools/convert_checkpoint.py --norm RefIN"
     if not allow_partial:
         raise CheckpointError(f"{message}.")

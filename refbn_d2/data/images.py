@@ -19,6 +19,8 @@ def find_pictures(folder: str | os.PathLike) -> list[Path]:
         FileNotFoundError, NotADirectoryError: there is no such folder.
         DataError: it has no pictures.
     """
+    if not str(folder):
+        raise FileNotFoundError("The folder of the pictures has an empty name. Give its path.")
     folder = Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: there is no such folder of pictures. Check the path.")
@@ -32,7 +34,10 @@ def find_pictures(folder: str | os.PathLike) -> list[Path]:
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     if not found:
-        raise DataError(f"{folder} has no pictures. Known are {', '.join(SUFFIXES)}.")
+        raise DataError(
+            f"{folder} has no pictures. Known are {', '.join(SUFFIXES)}. Folders in it that are "
+            "symbolic links are not searched."
+        )
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
@@ -59,7 +64,9 @@ def read_image(file_name: str, format: str, image_id: Hashable = None) -> np.nda
             f"image {file_name}{of_image} does not exist: check the dataset's image folder"
         ) from None
     except Exception as e:  # PIL may raise nearly anything on a broken picture
-        raise DataError(f"image {file_name}{of_image} cannot be read: {e}") from e
+        raise DataError(
+            f"image {file_name}{of_image} cannot be read: {e}. Repair or remove it."
+        ) from e
     return rgb[:, :, ::-1] if format == "BGR" else rgb
 
 

@@ -111,16 +111,18 @@ def resnet_config(contents: Contents, cfg: CfgNode | None = None) -> CfgNode:
 
 
 def load(model: nn.Module, contents: Contents, state: dict[str, Tensor], cfg: CfgNode) -> nn.Module:
-    """Return `model` in eval mode with `state`; its BN becomes the RefBN or RefIN of `contents`.
+    """Return `model` in eval mode with `state`, and a RefBN or RefIN for a BN that has its tensors.
 
     RefIN's n_0, which no checkpoint holds, is that of `cfg`.
 
     Raises:
         CheckpointError: a name or a shape differs.
     """
-    for name, norm in (("RefBN", RefBatchNorm2d), ("RefIN", RefInstanceNorm2d)):
-        if name in contents.norms.values():
-            model = convert_to_refbn(model, norm)
+    for name, layer in list(model.named_modules()):
+        if f"{name}.ref_mean" in state:
+            norm = RefBatchNorm2d if f"{name}.running_mean" in state else RefInstanceNorm2d
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, convert_to_refbn(layer, norm))
     apply_options(model, refbn_options(cfg))
     try:
         model.load_state_dict(state)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from refbn_d2.utils.errors import RefBNError
 from refbn_d2.utils.torch_compat import is_compiling
 
 GRADIENTS = ("pooled", "batch", "reference")
@@ -194,7 +195,11 @@ def ref_batch_norm(
     n = x.numel() // x.shape[1]
     w = reference_weight
     if n == 1 and not isinstance(w, Tensor) and w == 0:
-        raise ValueError(f"Expected more than 1 value per channel when training, got {x.shape}")
+        raise RefBNError(
+            f"Expected more than 1 value per channel when training, got {tuple(x.shape)}: with a "
+            "reference_weight (MODEL.REFBN.REFERENCE_WEIGHT) of 0 one element has no variance. Set "
+            "it above 0, or train on larger images or batches."
+        )
     with torch.no_grad():
         batch_mean, batch_var = batch_moments(x)
         mean, var = mix_moments(batch_mean, batch_var, ref_mean, ref_var, w)

@@ -20,6 +20,7 @@ from refbn_d2.layers.reference_norm import (
     is_traced,
     warn_no_reference,
 )
+from refbn_d2.utils.errors import RefBNError
 
 
 class RefInstanceNorm2d(ReferenceNorm, nn.InstanceNorm2d):
@@ -89,7 +90,11 @@ class RefInstanceNorm2d(ReferenceNorm, nn.InstanceNorm2d):
         if len(shape) != 4 or shape[1] != self.num_features:
             raise ValueError(f"Expected the shape (N, {self.num_features}, H, W), got {shape}")
         if self.training and self.prior_count == 0 and shape[2:] == (1, 1):
-            raise ValueError(f"Expected more than 1 value per channel when training, got {shape}")
+            raise RefBNError(
+                f"Expected more than 1 value per channel when training, got {shape}: with a "
+                "prior_count (MODEL.REFBN.PRIOR_COUNT) of 0 an image of one element has no "
+                "variance. Set it above 0, or train on larger images."
+            )
 
     def _reference_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the reference's moments for a training batch, and record what is asked for."""

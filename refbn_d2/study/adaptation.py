@@ -71,6 +71,7 @@ def measure(args: argparse.Namespace) -> None:
     Raises:
         RefBNError, OSError: the study, its data or its folder cannot be used; no run is done.
     """
+    _check_numbers(args)
     study = load_study(args.study)
     only = parse_only(args.only, study)
     folder = Path(args.output_dir or f"output/studies/{study.name}")
@@ -95,6 +96,13 @@ def measure(args: argparse.Namespace) -> None:
         write_csv(rows.values(), folder / "results.csv")
         write_text(folder / "results.yaml", header)
     print(f"Wrote {folder / 'results.csv'} ({len(rows)} rows).")
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    if args.images < 1:
+        raise ConfigError(f"--images is {args.images}; allowed: 1 or more.")
+    if min(args.prior_images) < 0:
+        raise ConfigError(f"--prior-images is {min(args.prior_images)}; allowed: 0 or more.")
 
 
 def _earlier_rows(folder: Path, header: str) -> dict[tuple, Row]:

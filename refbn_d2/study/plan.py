@@ -201,9 +201,10 @@ class Plan:
         folder = self.folder / "runs" / slug(condition.name) / slug(norm.name) / f"seed{seed}"
         backbones = self._backbones(norm) if condition.pretrained else []
         pretraining = backbones[-1] if backbones else None
-        if pretraining and norm.convert:
-            where = f"study file {study.file}, norms.{norm.name}"
-            _check_conversion(norm.convert, cfg.MODEL.RESNETS.NORM, where)
+        if pretraining:
+            where = f"study file {study.file}, norm {norm.name!r}, condition {condition.name!r}"
+            made = norm.convert or backbones[0].recipe["MODEL.NORM"]
+            _check_backbone(made, cfg.MODEL.RESNETS.NORM, where)
         weights = pretraining.folder / "backbone.pkl" if pretraining else None
         opts = [
             *flat(overrides), "SEED", seed, *self.sets.training(condition.hold_out),
@@ -333,11 +334,17 @@ class _named:
             raise ConfigError(f"{self.where}: {error}") from error
 
 
-def _check_conversion(converted: str, used: str, where: str) -> None:
-    if (converted == "RefIN") != (used == "RefIN"):
+def _check_backbone(made: str, used: str, where: str) -> None:
+    """Check that a backbone of the norm `made` may start a model of the norm `used`."""
+
+    def kind(norm: str) -> str:
+        return norm if norm in ("RefIN", "GN", "LN", "") else "a batch norm"
+
+    if kind(made) != kind(used) or (made == "folded" and used != "FrozenBN"):
+        allowed = "FrozenBN" if made == "folded" else kind(made)
         raise ConfigError(
-            f"{where}: the backbone is converted to {converted}, but "
-            f"MODEL.RESNETS.NORM is {used}; make them agree"
+            f"{where}: the backbone has {made}, but MODEL.RESNETS.NORM is {used!r}; allowed: "
+            f"{allowed}. Change it, or the norm's `pretrain: {{MODEL.NORM: ...}}` or `convert`"
         )
 
 

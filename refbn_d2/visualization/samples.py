@@ -18,6 +18,7 @@ from refbn_d2.data.masks import decode_mask, rasterize
 from refbn_d2.visualization.style import COLORS, DPI, INK, save_figure
 
 SAMPLES_SHOWN = 8  # pictures of a test set that a run draws
+MIN_SCORE = 0.5  # of the predictions that are drawn
 
 _TILE = 350  # pixels of an image's longer side
 _GAP, _PAIR_GAP, _MARGIN, _HEADER, _LEGEND = 8, 26, 18, 24, 34
@@ -28,7 +29,7 @@ def draw_samples(
     class_names: Sequence[str],
     path: str | os.PathLike,
     columns: int = 4,
-    min_score: float = 0.5,
+    min_score: float = MIN_SCORE,
     titles: tuple[str, str] = ("prediction", "ground truth"),
 ) -> None:
     """Draw a grid of images, each with its predictions beside its ground truth, as one PNG.

@@ -109,13 +109,25 @@ def test_refin_and_batch_norms_do_not_load_into_each_other(other, caplog):
 def test_refin_and_gn_do_not_load_into_each_other():
     """They have weight and bias alike, and only RefIN has a reference."""
     gn, refin = randomised(Detector("GN")), randomised(Detector("RefIN"), seed=2)
-    with pytest.raises(CheckpointError, match="is GN in the file and RefIN in the model"):
+    expected = r"is GN in the file and RefIN in the model, .* Set the config's NORM to GN\."
+    with pytest.raises(CheckpointError, match=expected):
         load_weights(refin, gn.state_dict(), "a.pth")
     with pytest.raises(CheckpointError, match=r"is RefIN in the file and GN in the model"):
         load_weights(gn, refin.state_dict(), "a.pth")
     partly = {n: t for n, t in refin.state_dict().items() if "ref_" not in n or "res2" not in n}
     with pytest.raises(CheckpointError, match="and RefIN in the model"):
         load_weights(refin, partly, "a.pth")
+
+
+def test_the_norms_of_classifiers_are_named_too():
+    """Pretraining's models have timm's names, without "norm"."""
+    bn, refin = nn.Module(), nn.Module()
+    bn.bn1, refin.bn1 = nn.BatchNorm2d(3), RefInstanceNorm2d(3)
+    expected = "bn1 is BN in the file and RefIN in the model, .* NORM to BN, or convert"
+    with pytest.raises(CheckpointError, match=expected):
+        load_weights(refin, bn.state_dict(), "a.pth")
+    with pytest.raises(CheckpointError, match="bn1 is RefIN in the file and BN in the model"):
+        load_weights(bn, refin.state_dict(), "a.pth")
 
 
 def imagenet_names(model):

@@ -115,6 +115,12 @@ def test_what_fails_the_check_is_not_written(source, tmp_path, monkeypatch, no_d
     assert sorted(path.name for path in tmp_path.iterdir()) == ["resnet18.pth"]
 
 
+def test_refin_takes_no_check(source, tmp_path):
+    with pytest.raises(CheckpointError, match="something else by design: leave out --verify"):
+        convert_file(source, tmp_path / "a.pkl", "detectron2", "RefIN", check=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["resnet18.pth"]
+
+
 def test_no_file_is_ever_replaced(source, tmp_path):
     before = source.read_bytes()
     with pytest.raises(

@@ -8,10 +8,13 @@ import torch
 
 from refbn_d2.checkpoint.convert import convert_state, identify
 from refbn_d2.config import get_cfg
+from refbn_d2.engines.torchvision.modeling import build_model
 from refbn_d2.export import programs as module
 from refbn_d2.export.programs import export
+from refbn_d2.export.verify import verify
 from refbn_d2.layers import RefInstanceNorm2d, convert_to_refbn, refbn_layers
 from refbn_d2.utils.errors import CheckpointError
+from tests.export.conftest import randomise
 from tests.versions import needs
 
 ONNX = pytest.param("onnx", marks=needs("torch", 2, 6, "writing ONNX"))
@@ -114,6 +117,25 @@ def test_a_detectors_backbone(mask_rcnn, mask_rcnn_cfg, to):
         expected = mask_rcnn.backbone(images)
     for name, value in run(data, to, images, list(expected)).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "resnet, fpn",
+    [("RefIN", "BN"), ("BN", "RefIN"), ("RefBN", "RefIN"), ("GN", "RefIN"), ("RefIN", "FrozenBN")],
+)
+def test_each_layer_is_exported_with_its_own_norm(mask_rcnn_cfg, resnet, fpn):
+    cfg = mask_rcnn_cfg.clone()
+    cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM = resnet, fpn
+    torch.manual_seed(0)
+    model = randomise(build_model(cfg))
+    contents = identify({"model": model.state_dict()}, "a.pth")
+    data, _ = export(contents, "torchscript", cfg)
+    assert verify(contents, contents, cfg)
+    images = torch.randn(2, 3, 64, 128)
+    with torch.no_grad():
+        expected = model.backbone(images)
+    for name, value in run(data, "torchscript", images, list(expected)).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-3)
 
 
 def test_a_program_that_computes_something_else_is_an_error(resnet18, monkeypatch):

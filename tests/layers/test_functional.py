@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from refbn_d2.layers.functional import GRADIENTS, batch_moments, mix_moments, ref_batch_norm
+from refbn_d2.utils.errors import RefBNError
 from tests.versions import FLOAT16
 
 N, C, H, W = 6, 5, 3, 4
@@ -155,7 +156,7 @@ def test_one_element_a_channel():
     running = torch.zeros(C), torch.ones(C)
     y = ref_batch_norm(x.float(), *ref, None, None, 0.5, "batch", *running)
     assert y.isfinite().all() and running[1].isfinite().all()
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
+    with pytest.raises(RefBNError, match="more than 1 value per channel.*REFERENCE_WEIGHT"):
         ref_batch_norm(x, *ref, reference_weight=0.0)
 
 

@@ -14,6 +14,7 @@ from refbn_d2.layers import (
     fold,
     ref_instance_norm,
 )
+from refbn_d2.utils.errors import RefBNError
 from tests.versions import FLOAT16, needs
 
 
@@ -116,7 +117,7 @@ def test_an_empty_batch_gives_zero_gradients():
 
 
 def test_one_element_without_a_prior_is_refused():
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
+    with pytest.raises(RefBNError, match="more than 1 value per channel.*PRIOR_COUNT"):
         layer_with_reference(prior_count=0)(batch(2, 3, 1, 1))
 
 

@@ -116,21 +116,26 @@ def test_a_converted_backbone(coco, content, written):
     assert len({settings[f"norm={norm},condition=two iid"] for norm in content["norms"]}) == 4
 
 
+RESNETS_REFIN = {"MODEL.RESNETS.NORM": "RefIN"}
+
+
 @pytest.mark.parametrize(
     "norm, message",
     [
-        ({"convert": "RefIN"}, "converted to RefIN, but MODEL.RESNETS.NORM is BN"),
-        (
-            {"convert": "BN", "overrides": {"MODEL.RESNETS.NORM": "RefIN"}},
-            "converted to BN, but MODEL.RESNETS.NORM is RefIN",
-        ),
+        ({"convert": "RefIN"}, "has RefIN, but MODEL.RESNETS.NORM is 'BN'; allowed: RefIN"),
+        ({"convert": "BN", "overrides": RESNETS_REFIN}, "has BN, .* is 'RefIN'; allowed: a batch"),
         ({"convert": "BN", "pretrain": {"MODEL.NORM": "GN"}}, "with GN cannot be converted to BN"),
+        ({"convert": "folded"}, "has folded, .* is 'BN'; allowed: FrozenBN"),
+        ({"convert": "BN", "overrides": {"MODEL.RESNETS.NORM": "GN"}}, "has BN, .* is 'GN'"),
+        ({"overrides": RESNETS_REFIN}, "has BN, .* is 'RefIN'; .*`pretrain: {MODEL.NORM: ...}`"),
+        ({"pretrain": {"MODEL.NORM": "RefIN"}}, "has RefIN, .* is 'BN'"),
+        ({"pretrain": {"MODEL.NORM": "GN"}, "overrides": RESNETS_REFIN}, "has GN, .* is 'RefIN'"),
     ],
 )
-def test_a_conversion_that_cannot_be_used_is_refused_at_once(coco, content, written, norm, message):
+def test_a_backbone_that_cannot_be_used_is_refused_at_once(coco, content, written, norm, message):
     content["pretrain"] = {"config": str(ROOT / "configs/pretrain/shapes_resnet18_bn.yaml")}
     content["norms"] = {"BN": norm}
-    with pytest.raises(ConfigError, match=f"norms.BN.*{message}"):
+    with pytest.raises(ConfigError, match=f"norm(s.BN| 'BN').*{message}"):
         plan_of(written(content))
 
 

@@ -24,7 +24,7 @@ from refbn_d2.layers import has_refbn
 from refbn_d2.reference.adaptation import adapt_reference
 from refbn_d2.utils.device import resolve_device
 from refbn_d2.utils.errors import CheckpointError, DataError, listing
-from refbn_d2.visualization.samples import SAMPLES_SHOWN, draw_samples
+from refbn_d2.visualization.samples import MIN_SCORE, SAMPLES_SHOWN, draw_samples
 
 _WAY_OUT = "call refbn_d2.reference.adapt_reference on Detectron2's own model"
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> str:
     Raises:
         RefBNError, OSError: something that the user can fix.
     """
-    output, drawing = _new_files(args.output)
+    output, drawing = _new_files(args.output, args.images)
     files = _drawn(args.images, args.num_images, args.seed)
     if args.prior_images < 0:
         raise ConfigError(f"--prior-images is {args.prior_images}; allowed: 0 or more.")
@@ -48,8 +48,9 @@ def run(args: argparse.Namespace) -> str:
     cfg.merge_from_file(args.config_file)
     trained_on = cfg.DATASETS.REGISTER
     cfg.merge_from_list(args.opts)
-    if cfg.DATASETS.REGISTER != trained_on:  # both: the classes' names are the training set's
-        cfg.DATASETS.REGISTER = (*trained_on, *cfg.DATASETS.REGISTER)
+    new = {name for name, *_ in cfg.DATASETS.REGISTER}
+    old = [entry for entry in trained_on if entry[0] not in new]
+    cfg.DATASETS.REGISTER = (*old, *cfg.DATASETS.REGISTER)  # the classes' names are the old ones'
     check_supported(cfg, _WAY_OUT)
     cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
     cfg.freeze()
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> str:
         }
         ap_after = evaluator(model) if evaluator else {}
         state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-        _new_files(args.output)  # nobody has written them since
+        _new_files(args.output, args.images)  # nobody has written them since
         try:
             _draw(cfg, shown, before, _predict(model, shown), drawing)
             save_checkpoint({"model": state, "adapted": about}, output)
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> str:
     return "\n".join(lines + ([_table(ap_before, ap_after)] if evaluator else []))
 
 
-def _new_files(output: str | os.PathLike) -> tuple[Path, Path]:
+def _new_files(output: str | os.PathLike, images: str | os.PathLike) -> tuple[Path, Path]:
     """Return the checkpoint and the picture to write, neither of which exists."""
     checkpoint = Path(output)
     if checkpoint.suffix not in (".pth", ".pkl"):
@@ -98,6 +99,11 @@ def _new_files(output: str | os.PathLike) -> tuple[Path, Path]:
     for file in (checkpoint, drawing):
         if file.exists():
             raise FileExistsError(f"{file} exists and is not replaced: give --output a new name.")
+    if drawing.resolve().is_relative_to(Path(images).resolve()):
+        raise ConfigError(
+            f"--output {output} is in the folder of --images, where {drawing.name} would count as "
+            "one of its pictures: write elsewhere."
+        )
     return checkpoint, drawing
 
 
@@ -159,9 +165,13 @@ def _evaluator(cfg, folder: Path) -> Evaluator:
 
 @torch.no_grad()
 def _predict(model: nn.Module, samples: Sequence[dict]) -> list[dict]:
-    """Return the detections of each picture, alone in its batch, for `draw_samples`."""
-    found = [model([sample])[0] for sample in samples]
-    return [{name.removeprefix("pred_"): t.cpu() for name, t in f.items()} for f in found]
+    """Return the detections of each picture, alone in its batch, that `draw_samples` draws."""
+    shown = []
+    for sample in samples:
+        (found,) = model([sample])
+        drawn = found["scores"] >= MIN_SCORE  # the masks of all may be gigabytes
+        shown.append({name.removeprefix("pred_"): t[drawn].cpu() for name, t in found.items()})
+    return shown
 
 
 def _adapt(model: nn.Module, samples: list[dict], weight: float, num_images: int) -> list[str]:

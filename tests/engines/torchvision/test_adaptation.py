@@ -101,11 +101,16 @@ def test_a_new_checkpoint(case, norm, tiny_cfg, tiny_shapes, tmp_path, monkeypat
 def test_the_picture_shows_what_both_checkpoints_find(case, monkeypatch):
     drawn = []
     monkeypatch.setattr(adaptation, "draw_samples", lambda items, *_, titles: drawn.extend(items))
+    monkeypatch.setattr(adaptation, "MIN_SCORE", 0.3)
     main(monkeypatch, case())
     assert len(drawn) == 4
     for picture, before, after in drawn:
         assert picture.shape == (64, 64, 3)
         assert not torch.equal(before["scores"], after["scores"])
+        for found in (before, after):
+            assert {len(values) for values in found.values()} == {len(found["scores"])}
+            assert (found["scores"] >= 0.3).all()
+    assert any(len(before["scores"]) for _, before, _ in drawn)
 
 
 def test_a_new_test_set_has_the_classes_of_the_training(case, tiny_shapes, tmp_path, monkeypatch):
@@ -127,6 +132,14 @@ def test_a_new_test_set_has_the_classes_of_the_training(case, tiny_shapes, tmp_p
     new = f'[("new", "{tmp_path}/new.json", "{images}")]'
     main(monkeypatch, [*words, "--evaluate", "DATASETS.REGISTER", new, "DATASETS.TEST", "['new']"])
     assert list(used[0].datasets["new"].class_names) == names
+
+
+def test_a_training_set_that_has_moved(case, tiny_shapes, monkeypatch, tmp_path):
+    there = tiny_shapes / "shapes"
+    moved = ("mine", str(there / "annotations/instances_val.json"), str(there / "val"))
+    words = case("DATASETS.REGISTER", (("mine", "old.json", "old"),), "DATASETS.TRAIN", ("mine",))
+    main(monkeypatch, [*words, "DATASETS.REGISTER", repr([moved])])
+    assert (tmp_path / "new/new.pth").exists()
 
 
 def test_if_the_picture_cannot_be_drawn_nothing_is_written(case, tmp_path, monkeypatch):
@@ -232,6 +245,8 @@ ERRORS = [  # what is done before, arguments, what the line says
     (None, ["--output={}/old.pth"], "FileExistsError: {}/old.pth exists and is not replaced"),
     (with_the_picture_of_another_run, [], "new.png exists and is not replaced"),
     (None, ["--output={}/new.safetensors"], "ends in .pth or .pkl"),
+    (None, ["--output={}/pictures/new.pth"], "pictures/new.pth is in the folder of --images"),
+    (None, ["--images="], "The folder of the pictures has an empty name"),
     (None, ["--evaluate", "DATASETS.TEST", "()"], "DATASETS.TEST () has none"),
 ]  # fmt: skip
 
