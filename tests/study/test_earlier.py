@@ -106,15 +106,24 @@ def test_runs_with_other_settings(plan_of, content, tmp_path, capsys):
     assert capsys.readouterr().err.count("Warning: ") == 1
 
 
+SHAPES = str(Path(__file__).parents[2] / "configs/pretrain/shapes_resnet18_bn.yaml")
+PRETRAINED = {  # changes of the study
+    "pretrain": {"config": SHAPES},
+    "norms": {
+        "BN": {},
+        "GN": {"pretrain": {"MODEL.NORM": "GN"}, "overrides": {"MODEL.RESNETS.NORM": "GN"}},
+    },
+}
+
+
 def test_settings_do_not_depend_on_the_code(plan_of, monkeypatch):
-    shapes = str(Path(__file__).parents[2] / "configs/pretrain/shapes_resnet18_bn.yaml")
-    before = plan_of(pretrain={"config": shapes}).settings()
+    before = plan_of(**PRETRAINED).settings()
     assert list(before) == ["norm=BN,condition=two iid", "norm=GN,condition=two iid"]
     assert len(set(before.values())) == 2
     monkeypatch.setattr("refbn_d2.study.plan.code_hash", lambda: "other")
-    assert plan_of(pretrain={"config": shapes}).settings() == before
-    epochs = {"config": shapes, "overrides": {"SOLVER.EPOCHS": 7}}
-    assert not set(plan_of(pretrain=epochs).settings().values()) & set(before.values())
+    assert plan_of(**PRETRAINED).settings() == before
+    epochs = PRETRAINED | {"pretrain": {"config": SHAPES, "overrides": {"SOLVER.EPOCHS": 7}}}
+    assert not set(plan_of(**epochs).settings().values()) & set(before.values())
 
 
 def test_runs_that_lack_a_metric_are_repeated(plan_of, tmp_path, capsys):
@@ -169,13 +178,11 @@ def test_a_record_of_other_code_stops_the_study_before_its_runs(plan, call, monk
 
 
 def test_results_are_written_whatever_the_timing_does(call, plan_of, tmp_path, monkeypatch):
-    changes = {
-        "pretrain": {"config": "configs/pretrain/shapes_resnet18_bn.yaml"},
+    changes = PRETRAINED | {
         "timing": {"rounds": 1, "conditions": ["day"]},
         "conditions": {"two iid": {}, "day": {"hold_out": "night", "norms": ["BN"]}},
         "seeds": [1],
     }
-    changes["pretrain"]["config"] = str(Path(__file__).parents[2] / changes["pretrain"]["config"])
     rows = [Row(**vars(row) | {"condition": c, "value": 20.0, "status": "done"})
             for c, row in (("two iid", DONE), ("two iid", DIVERGED), ("day", DONE))]  # fmt: skip
     file = results(tmp_path, rows, code_hash())
