@@ -172,7 +172,7 @@ def _check_form(
     """Tell RefIN from the other norms, which have tensors of the same names."""
 
     def own_names(names: Iterable[str]) -> dict[str, str]:
-        """Return {Detectron2's name without a place: name}, the same in a classifier of timm."""
+        """Return {Detectron2's name without its place: name}: timm's classifiers have others."""
         return {(resnet_name(name) or ("", name))[1]: name for name in names}
 
     def refin(names: Iterable[str]) -> set[str]:
