@@ -1,6 +1,6 @@
 """Compare five norms in Mask R-CNN, trained on two similar pictures a step, and write a report.
 
-Takes less than ten minutes on two CPU cores. If it is interrupted, the same command resumes it.
+Takes about ten minutes on two CPU cores. If it is interrupted, the same command resumes it.
 """
 
 import argparse
