@@ -8,7 +8,8 @@
     build_model                 sets the layers by MODEL.REFBN, links CBN and MABN to their
                                 convolutions, and registers DATASETS.REGISTER
     config defaults             have MODEL.REFBN, DATASETS.REGISTER and the other new keys
-    TrainerBase.register_hooks  adds a `ReferenceBatchHook` if the model has RefBN
+    TrainerBase.register_hooks  adds a `ReferenceBatchHook` if the model has RefBN, and a
+                                `ScheduleHook` if it has peers
     DatasetCatalog              knows `shapes_train` and the other shapes
 
 MODEL.BACKBONE.FREEZE_AT needs nothing: Detectron2 makes every BatchNorm2d, RefBN included, a
@@ -51,7 +52,7 @@ try:
     from detectron2.modeling.meta_arch import build
     from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 
-    from refbn_d2.plugin.hook import ReferenceBatchHook
+    from refbn_d2.plugin.hook import ReferenceBatchHook, ScheduleHook
 except ImportError as error:
     if "'_C'" in str(error):
         raise ImportError(
@@ -91,7 +92,7 @@ def register() -> None:
         _undo.append(replace_code(build.build_model, _build_model))
         _undo.append(replace_code(data_build._train_loader_from_config, _loader_arguments))
         _undo.append(replace_attribute(RetinaNetHead, "__init__", _one_layer_a_level(head)))
-        hooks = _with_reference_hook(TrainerBase.register_hooks)
+        hooks = _with_hooks(TrainerBase.register_hooks)
         _undo.append(replace_attribute(TrainerBase, "register_hooks", hooks))
         _undo.append(_add_keys(defaults._C))
         for name in catalog.SHAPES:
@@ -232,8 +233,8 @@ def _one_layer_a_level(init: Callable) -> Callable:
     return __init__
 
 
-def _with_reference_hook(register_hooks: Callable) -> Callable:
-    """Wrap TrainerBase.register_hooks: trainers of RefBN models get a ReferenceBatchHook.
+def _with_hooks(register_hooks: Callable) -> Callable:
+    """Wrap TrainerBase.register_hooks: trainers of models with our norms get the hook they need.
 
     It raises if the trainer's config names RefBN and its model has none (`config.check_model`).
     """
@@ -251,6 +252,8 @@ def _with_reference_hook(register_hooks: Callable) -> Callable:
             hook = ReferenceBatchHook()
             _added.add(hook)
             hooks = [hook, *hooks]
+        if _needs_schedule_hook(self):
+            hooks = [ScheduleHook(), *hooks]
         register_hooks(self, hooks)
 
     return wrapped
@@ -263,6 +266,15 @@ def _needs_reference_hook(trainer: TrainerBase) -> bool:
         and hasattr(trainer, "data_loader")
         and has_refbn(model)
         and not any(isinstance(hook, ReferenceBatchHook) for hook in trainer._hooks)
+    )
+
+
+def _needs_schedule_hook(trainer: TrainerBase) -> bool:
+    model = getattr(trainer, "model", None)
+    return (
+        model is not None
+        and any(isinstance(module, tuple(PEERS.values())) for module in model.modules())
+        and not any(isinstance(hook, ScheduleHook) for hook in trainer._hooks)
     )
 
 

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from refbn_d2.checkpoint.files import load_checkpoint
 from refbn_d2.engines.torchvision.modeling import build_model
+from refbn_d2.engines.torchvision.trainer import train
 from refbn_d2.layers.peers import PEERS, LinkError
+from tests.plugin.hook_helpers import trainer_of
 
 WHERE = (
     "MODEL.RESNETS.NORM",
@@ -72,6 +75,48 @@ def test_detectron2_builds_and_trains_it(detectron2_cfg, name):
             losses = model([sample, sample])
             sum(losses.values()).backward()
     assert layers and all(torch.isfinite(loss) for loss in losses.values())
+
+
+STEPS = "backbone.bottom_up.stem.conv1.norm.steps"
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_run_from_the_weights_of_another_starts_its_schedule_and_a_resumed_one_continues_it(
+    tiny_cfg, tmp_path, name
+):
+    def run(folder, steps, weights="", resume=False):
+        cfg = with_norm(tiny_cfg.clone(), name)
+        cfg.merge_from_list(["SOLVER.MAX_ITER", steps, "MODEL.WEIGHTS", str(weights)])
+        (tmp_path / folder).mkdir(exist_ok=True)
+        train(cfg, tmp_path / folder, resume=resume)
+        final = tmp_path / folder / "model_final.pth"
+        return final, int(load_checkpoint(final)["model"][STEPS])
+
+    pretrained, steps = run("pretrained", 3)
+    assert steps == 3
+    assert run("fine-tuned", 2, pretrained)[1] == 2
+    assert run("fine-tuned", 3, pretrained, resume=True)[1] == 3
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("name", ["BRN", "CBN"])
+def test_in_detectron2_too(detectron2_cfg, tmp_path, name):
+    pytest.importorskip("detectron2.engine")
+
+    def run(folder, steps, weights="", resume=False):
+        cfg = with_norm(detectron2_cfg.clone(), name)
+        cfg.merge_from_list(["SOLVER.MAX_ITER", steps, "MODEL.WEIGHTS", str(weights)])
+        cfg.OUTPUT_DIR = str(tmp_path / folder)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        trainer = trainer_of(cfg)
+        trainer.resume_or_load(resume=resume)
+        trainer.train()
+        return tmp_path / folder / "model_final.pth", int(trainer.model.state_dict()[STEPS])
+
+    pretrained, steps = run("pretrained", 3)
+    assert steps == 3
+    assert run("fine-tuned", 2, pretrained)[1] == 2
+    assert run("fine-tuned", 3, pretrained, resume=True)[1] == 3
 
 
 @pytest.mark.detectron2

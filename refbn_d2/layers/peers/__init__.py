@@ -4,7 +4,7 @@ from refbn_d2.layers.peers.batch_renorm import BatchRenorm2d
 from refbn_d2.layers.peers.cross_iteration_bn import CrossIterationBatchNorm2d, link_cbn
 from refbn_d2.layers.peers.linking import LinkError
 from refbn_d2.layers.peers.moving_average_bn import MovingAverageBatchNorm2d, link_mabn
-from refbn_d2.layers.peers.registry import PEERS, peer_options, prepare_peers
+from refbn_d2.layers.peers.registry import PEERS, peer_options, prepare_peers, restart_schedules
 
 __all__ = [
     "PEERS",
@@ -14,6 +14,7 @@ __all__ = [
     "MovingAverageBatchNorm2d",
     "link_cbn",
     "link_mabn",
-    "prepare_peers",
     "peer_options",
+    "prepare_peers",
+    "restart_schedules",
 ]

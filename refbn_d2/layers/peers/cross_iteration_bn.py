@@ -194,6 +194,11 @@ class CrossIterationBatchNorm2d(PeerBatchNorm2d):
             )
         self._checked = True
 
+    def restart_schedule(self) -> None:
+        super().restart_schedule()
+        self.past.clear()
+        self._steps = 0
+
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.past.clear()

@@ -45,7 +45,9 @@ class _Normalize(torch.autograd.Function):
             [False, True, True],
         )  # fmt: skip
         psi = gamma * r * dy_z / (x.numel() // len(chi2))
-        ctx.gradient_moments.index_copy_(0, slot, psi.to(ctx.gradient_moments)[None])
+        past = ctx.gradient_moments.index_select(0, slot)[0]  # stays if a GradScaler overflows
+        kept = torch.where(psi.isfinite(), psi.to(past), past)
+        ctx.gradient_moments.index_copy_(0, slot, kept[None])
         psi = torch.where(averages, ctx.gradient_moments.mean(0).to(psi), psi)
         dx = None
         if ctx.needs_input_grad[0]:
@@ -71,6 +73,9 @@ class MovingAverageBatchNorm2d(PeerBatchNorm2d):
     No mean is subtracted. Instead the weight of the convolution before the norm is centralized:
     call `link_mabn(model)` once the model is built. If a layer is called several times in a forward
     pass, each call counts as a batch.
+
+    With a GradScaler, psi is that of the scaled loss. A step that overflows leaves it as it was. After a
+    change of scale, the window averages both scales for `window` steps.
 
     State: that of `PeerBatchNorm2d`, and both windows. A BatchNorm2d that loads it (`strict=False`)
     is the same map in eval mode. A BatchNorm2d's state dict loads, but MABN cannot resume from it:

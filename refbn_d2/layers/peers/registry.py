@@ -56,3 +56,14 @@ def prepare_peers(model: nn.Module, total_steps: int) -> None:
                     setattr(layer, option, value)
     link_cbn(model)
     link_mabn(model)
+
+
+def restart_schedules(model: nn.Module) -> None:
+    """Start the schedules of a model's peer norms at step 0.
+
+    A run that takes the weights of another run calls this once they are loaded; a resumed run does
+    not. A model without peer norms is not changed.
+    """
+    for layer in model.modules():
+        if isinstance(layer, PeerBatchNorm2d):
+            layer.restart_schedule()

@@ -42,10 +42,11 @@ def test_where_nothing_is_clipped_it_normalizes_by_the_running_statistics():
 
 
 @pytest.mark.parametrize("affine", [True, False])
-def test_outputs_gradients_and_statistics_are_those_of_algorithm_1(affine):
-    """Over several training steps, some channels are clipped and some are not."""
-    eps, momentum, r_max, d_max = 1e-3, 0.3, 1.5, 0.4
-    layer = BatchRenorm2d(C, eps, momentum, affine, r_max, d_max, ramp_steps=0).double()
+@pytest.mark.parametrize("ramp_steps", [0, 8])
+def test_outputs_gradients_and_statistics_are_those_of_algorithm_1(affine, ramp_steps):
+    """Over several training steps, r and d are clipped on either side in some channels."""
+    eps, momentum, final_r, final_d = 1e-3, 0.3, 1.5, 0.4
+    layer = BatchRenorm2d(C, eps, momentum, affine, final_r, final_d, ramp_steps).double()
     gamma, beta = torch.randn(2, C, dtype=torch.float64)
     if affine:
         layer.load_state_dict({**layer.state_dict(), "weight": gamma, "bias": beta})
@@ -54,9 +55,12 @@ def test_outputs_gradients_and_statistics_are_those_of_algorithm_1(affine):
     gamma.requires_grad_(), beta.requires_grad_()
     mean, var = torch.zeros(C, dtype=torch.float64), torch.ones(C, dtype=torch.float64)
     spread = torch.linspace(0.3, 2.0, C, dtype=torch.float64).view(1, -1, 1, 1)
-    clipped = set()
-    for step in range(6):
-        data = batch(step) * spread + step * 0.1
+    sides = {"r": set(), "d": set()}
+    for step in range(16):
+        data = batch(step) * spread * (1, 1, 1, 4)[step % 4] + (-1) ** step * spread * 0.5
+        opened = step / ramp_steps if ramp_steps else 1
+        r_max = 1 + (final_r - 1) * min(max((opened - 1 / 8) / (7 / 8), 0), 1)
+        d_max = final_d * min(max((opened - 1 / 8) / (4 / 8), 0), 1)
         x, x_oracle = data.clone().requires_grad_(), data.clone().requires_grad_()
         dy = batch(100 + step)
 
@@ -65,9 +69,11 @@ def test_outputs_gradients_and_statistics_are_those_of_algorithm_1(affine):
         var_b = ((x_oracle - column(mu_b)) ** 2).mean((0, 2, 3))
         sigma_b, sigma = (var_b + eps) ** 0.5, (var + eps) ** 0.5
         raw_r = (sigma_b / sigma).detach()
-        r = torch.minimum(torch.maximum(raw_r, torch.tensor(1 / r_max)), torch.tensor(r_max))
-        d = ((mu_b - mean) / sigma).detach().clip(-d_max, d_max)
-        clipped |= set((r == raw_r).tolist())
+        raw_d = ((mu_b - mean) / sigma).detach()
+        r, d = raw_r.clip(1 / r_max, r_max), raw_d.clip(-d_max, d_max)
+        if opened > 1 / 8:
+            sides["r"] |= set((raw_r - r).sign().tolist())
+            sides["d"] |= set((raw_d - d).sign().tolist())
         z = (x_oracle - column(mu_b)) / column(sigma_b)
         expected = column(gamma) * (z * column(r) + column(d)) + column(beta)
         n = data.numel() / C
@@ -83,7 +89,7 @@ def test_outputs_gradients_and_statistics_are_those_of_algorithm_1(affine):
             torch.testing.assert_close(a, b)
         torch.testing.assert_close(layer.running_mean, mean)
         torch.testing.assert_close(layer.running_var, var)
-    assert clipped == {True, False}
+    assert sides == {"r": {-1, 0, 1}, "d": {-1, 0, 1}}
 
 
 def test_clips_open_in_the_papers_proportions():

@@ -65,10 +65,11 @@ def test_outputs_gradients_and_statistics_over_many_steps(affine):
     gamma, beta = torch.ones(C).double(), torch.zeros(C).double()
     if affine:
         gamma, beta = nn.init.normal_(layer.weight).detach(), nn.init.normal_(layer.bias).detach()
-    chi2s, psis, ema, clipped = [], [], torch.ones(C).double(), set()
+    chi2s, psis, ema, sides = [], [], torch.ones(C).double(), set()
     spread = column(torch.linspace(0.5, 1.6, C).double())
     for step in range(1, 13):
-        x, dy = batch(step, channels=C) * spread, batch(100 + step, channels=C)
+        growth = 1.5 if step > 9 else 1
+        x, dy = batch(step, channels=C) * spread * growth, batch(100 + step, channels=C)
         x.requires_grad_()
         y = layer(x)
         gradients = torch.autograd.grad(y, [x, *layer.parameters()], dy)
@@ -79,7 +80,7 @@ def test_outputs_gradients_and_statistics_over_many_steps(affine):
         chi, raw_r = (chi2 + eps) ** 0.5, ((chi2 + eps) / (ema + eps)) ** 0.5
         r = raw_r.clip(1 / r_max, r_max) if step > renorm else torch.ones(C).double()
         if step > renorm:
-            clipped |= set((r == raw_r).tolist())
+            sides |= set((raw_r - r).sign().tolist())
         z = x.detach() / column(chi)
         g = dy * column(gamma * r)
         psis.append((g * z).mean((0, 2, 3)))
@@ -92,11 +93,25 @@ def test_outputs_gradients_and_statistics_over_many_steps(affine):
             torch.testing.assert_close(gradients[1], (dy * z * column(r)).sum((0, 2, 3)))
             torch.testing.assert_close(gradients[2], dy.sum((0, 2, 3)))
         torch.testing.assert_close(layer.running_var, ema)
-    assert clipped == {True, False}
+    assert sides == {-1, 0, 1}
     assert not layer.running_mean.any()
     y = layer.eval()(x)
     expected = column(gamma) * x / column((ema + eps) ** 0.5) + column(beta)
     torch.testing.assert_close(y, expected)
+
+
+def test_a_gradient_that_overflows_is_not_averaged():
+    """A GradScaler skips such a step; the next gradients are finite again."""
+    layer = linked(MovingAverageBatchNorm2d(C, window=2, warmup_steps=0))
+    for step in range(3):
+        layer(batch(step, channels=C)).square().mean().backward()
+    before = layer.gradient_moments.clone()
+    x = batch(3, channels=C).requires_grad_()
+    layer(x).backward(torch.full_like(x, torch.inf))
+    torch.testing.assert_close(layer.gradient_moments, before)
+    x = batch(4, channels=C).requires_grad_()
+    layer(x).square().mean().backward()
+    assert x.grad.isfinite().all() and not torch.equal(layer.gradient_moments, before)
 
 
 def test_the_convolution_before_it_is_centralized_gradient_included():
