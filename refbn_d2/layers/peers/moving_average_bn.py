@@ -74,8 +74,8 @@ class MovingAverageBatchNorm2d(PeerBatchNorm2d):
     call `link_mabn(model)` once the model is built. If a layer is called several times in a forward
     pass, each call counts as a batch.
 
-    With a GradScaler, psi is that of the scaled loss. A step that overflows leaves it as it was. After a
-    change of scale, the window averages both scales for `window` steps.
+    With a GradScaler, psi is that of the scaled loss. A step that overflows is left out of it.
+    After a change of scale, psi averages both scales for `window` steps.
 
     State: that of `PeerBatchNorm2d`, and both windows. A BatchNorm2d that loads it (`strict=False`)
     is the same map in eval mode. A BatchNorm2d's state dict loads, but MABN cannot resume from it:
