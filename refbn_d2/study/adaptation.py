@@ -41,13 +41,14 @@ from refbn_d2.engines.torchvision.evaluation import Evaluator
 from refbn_d2.engines.torchvision.modeling import build_model
 from refbn_d2.layers import convert_to_refbn, has_refbn
 from refbn_d2.reference import adapt_reference
-from refbn_d2.study.data import SEED, DetectionSets, read_set, write_subset
+from refbn_d2.study.data import DetectionSets, read_set, write_subset
 from refbn_d2.study.evaluation import evaluate_run
 from refbn_d2.study.fingerprint import code_hash
 from refbn_d2.study.plan import Job, Plan, parse_only, slug
 from refbn_d2.study.report import About
 from refbn_d2.study.results import Row, read_csv, write_csv
 from refbn_d2.study.runner import Record
+from refbn_d2.study.sampling import SEED
 from refbn_d2.study.spec import Study, load_study
 from refbn_d2.utils.arguments import run_or_exit
 from refbn_d2.utils.config_files import find_config_file

@@ -60,7 +60,8 @@ def by_domain(model: nn.Module, evaluator: Evaluator, images: ImageSet) -> dict[
     for pictures, labels, unreadable in evaluator.loader:  # in the order of `images`
         if unreadable:
             raise DataError(f"{images.path}: {unreadable[0][0]} cannot be read: {unreadable[0][1]}")
-        logits = model(evaluator.normalize(pictures))
+        with evaluator.autocast:
+            logits = model(evaluator.normalize(pictures))
         right += (logits.argmax(1).cpu() == labels).tolist()
     domains = [shapes.domain_of(name) for name in images.reader.filenames()]
     of = {d: [r for r, other in zip(right, domains, strict=True) if other == d] for d in domains}

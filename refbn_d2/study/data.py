@@ -13,7 +13,7 @@ import io
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -22,34 +22,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from refbn_d2.data import catalog, shapes
-from refbn_d2.data.coco import read_coco
+from refbn_d2.data.coco import check_pictures, read_coco
 from refbn_d2.data.corruptions import corrupt
 from refbn_d2.data.images import read_image
+from refbn_d2.study.sampling import SEED, split, stratified
 from refbn_d2.study.spec import Study, closest
 from refbn_d2.utils.errors import ConfigError, DataError
 from refbn_d2.utils.file_io import write_text
-
-SEED = 0  # for the choice of pictures: the same in all runs of a study
-
-
-def stratified(groups: Sequence[Hashable], number: int, seed: int = SEED) -> list[int]:
-    """Choose `number` indices at random (0: all), in which each group keeps its share."""
-    if number <= 0 or number >= len(groups):
-        return list(range(len(groups)))
-    rng = np.random.default_rng([seed, len(groups)])
-    shuffled = sorted(rng.permutation(len(groups)).tolist(), key=lambda i: str(groups[i]))
-    places = np.linspace(0, len(groups), number, endpoint=False) + len(groups) / number / 2
-    return sorted(shuffled[int(place)] for place in places)
-
-
-def split(groups: Sequence[Hashable], data) -> tuple[list[int], list[int] | None]:
-    """Return the indices of training images to train on and, with `data.tuning`, to evaluate on."""
-    rest, held = list(range(len(groups))), None
-    if data.tuning:
-        held = stratified(groups, max(1, round(data.tuning * len(groups))))
-        rest = sorted(set(rest) - set(held))
-    chosen = stratified([groups[i] for i in rest], data.train_images)
-    return [rest[i] for i in chosen], held
 
 
 class Sets(ABC):
@@ -164,7 +143,10 @@ class DetectionSets(Sets):
 
     def make(self, hold_outs: Sequence[str | None]) -> None:
         data, field = self.study.data, self.cfg.DATALOADER.DOMAIN_FIELD
-        content = read_set(self.source["train"])
+        content, test = read_set(self.source["train"]), read_set(self.source["test"])
+        for dataset, its in ((self.source["train"], content), (self.source["test"], test)):
+            files = [str(dataset.image_root / image["file_name"]) for image in its["images"]]
+            check_pictures(files, str(dataset.json_file))
         domains = [image.get(field) for image in content["images"]]
         if (self.study.evaluate.domains or any(hold_outs)) and None in domains:
             image = content["images"][domains.index(None)]
@@ -183,7 +165,7 @@ class DetectionSets(Sets):
                 ]
                 write_subset(content, kept, dataset.json_file)
         if self.test is not self.source["test"] and not self.test.json_file.exists():
-            whole = content if held is not None else read_set(self.source["test"])
+            whole = content if held is not None else test
             images = [whole["images"][i] for i in held] if held is not None else whole["images"]
             chosen = stratified([image.get(field) for image in images], data.test_images)
             write_subset(whole, [images[i] for i in chosen], self.test.json_file)

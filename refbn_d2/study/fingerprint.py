@@ -10,6 +10,7 @@ from pathlib import Path
 _NO_NUMBERS = ("visualization", "export", "quickstart", "study", "env_info.py", "configs")
 _BUT = (
     "export/convert_file.py", "study/classification.py", "study/data.py", "study/evaluation.py",
+    "study/sampling.py",
 )  # fmt: skip
 
 

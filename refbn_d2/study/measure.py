@@ -24,7 +24,7 @@ from refbn_d2.study.results import Row, write_csv
 from refbn_d2.study.runner import Record, Runner, say
 from refbn_d2.study.spec import Study, load_study
 from refbn_d2.study.tables import table_of
-from refbn_d2.study.timing import measure_timing
+from refbn_d2.study.timing import Costs, earlier_timing, measure_timing
 from refbn_d2.utils.errors import ConfigError
 from refbn_d2.utils.file_io import write_text
 from refbn_d2.utils.lock import locked
@@ -68,15 +68,18 @@ def measure(args: argparse.Namespace) -> None:
         # Of a part of the study, what takes minutes is left out.
         detection = isinstance(plan.sets, DetectionSets)
         resampled = bootstrap(plan) if detection and not args.only else []
-        write_results(plan, folder, {}, resampled, earlier)
-        if timed:  # it may fail, and the results stay
-            costs = measure_timing(plan, runner.gpus)
-            write_results(plan, folder, costs, resampled, earlier)
-    if failed:
-        raise ChildProcessError(
-            f"{len(failed)} of {len(jobs)} jobs failed; the same command tries them again: "
-            + "; ".join(f"{r.job.folder}: {r.content['error']}" for r in failed[:5])
-        )
+        write_results(plan, folder, earlier_timing(plan), resampled, earlier)
+        problems = []
+        if failed:
+            problems.append(f"{len(failed)} of {len(jobs)} jobs failed")
+            problems += [f"{r.job.folder}: {r.content['error']}" for r in failed[:5]]
+        try:
+            if timed:
+                write_results(plan, folder, measure_timing(plan, runner.gpus), resampled, earlier)
+        except ChildProcessError as error:
+            problems.append(str(error))
+    if problems:
+        raise ChildProcessError(f"{'; '.join(problems)}. The same command tries again")
 
 
 def engine_of(name: str) -> str:
@@ -120,8 +123,11 @@ def _is_earlier(record: Record, earlier: Mapping[Run, list[Row]]) -> bool:
     return record.job.run in earlier and not record.done
 
 
-def _command(study: Study, *more: str) -> list[str]:
-    return ["refbn-measure", "--study", str(study.file), *more]
+def _command(plan: Plan, *more: str) -> list[str]:
+    study, engine = plan.study, []
+    if study.task == "detection" and plan.engine != study.engine:
+        engine = ["--engine", plan.engine]
+    return ["refbn-measure", "--study", str(study.file), *engine, *more]
 
 
 def rows_of(plan: Plan, earlier: Mapping[Run, list[Row]]) -> Iterable[Row]:
@@ -142,7 +148,7 @@ def rows_of(plan: Plan, earlier: Mapping[Run, list[Row]]) -> Iterable[Row]:
         record.check()
         only = f"norm={job.norm},seed={job.seed},condition={job.condition}"
         common = (study.name, job.norm, job.seed, job.condition)
-        command = shlex.join(_command(study, "--only", only))
+        command = shlex.join(_command(plan, "--only", only))
         if record.status != "done":
             for metric in study.evaluate.metrics:
                 yield Row(*common, metric, NAN, 0, record.status, command)
@@ -158,15 +164,15 @@ def rows_of(plan: Plan, earlier: Mapping[Run, list[Row]]) -> Iterable[Row]:
 def write_results(
     plan: Plan,
     folder: Path,
-    costs: Mapping[str, Mapping],
+    costs: Costs,
     resampled: Sequence[Mapping],
     earlier: Mapping[Run, list[Row]],
 ) -> None:
     """Write results.csv, results.json, results.md and report.html."""
     study = plan.study
-    rows = [*rows_of(plan, earlier), *_cost_rows(study, costs)]
+    rows = [*rows_of(plan, earlier), *_cost_rows(plan, costs)]
     about = About(
-        study.name, study.title, study.baseline, study.text, shlex.join(_command(study)),
+        study.name, study.title, study.baseline, study.text, shlex.join(_command(plan)),
         {n.name: n.text for n in study.norms.values() if n.text},
         {c.name: c.text for c in study.conditions.values() if c.text}, code_hash(),
         plan.settings(),
@@ -184,8 +190,8 @@ def write_results(
     say(f"Wrote {folder / 'results.csv'} ({len(rows)} rows) and {folder / 'report.html'}.")
 
 
-def _cost_rows(study: Study, costs: Mapping[str, Mapping]) -> Iterable[Row]:
-    command = shlex.join(_command(study))
+def _cost_rows(plan: Plan, costs: Costs) -> Iterable[Row]:
+    study, command = plan.study, shlex.join(_command(plan))
     for condition, norms in costs.items():
         for norm, values in norms.items():
             for metric, value in values.items():

@@ -13,19 +13,22 @@ import shlex
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from refbn_d2.checkpoint.source import parse_source
 from refbn_d2.config import get_cfg, refbn_options
 from refbn_d2.config.cfg_node import leaves
 from refbn_d2.config.pretrain import check_pretrain_config, get_pretrain_cfg
+from refbn_d2.study.checks import check_backbone, check_masks
 from refbn_d2.study.data import DetectionSets, sets_of
 from refbn_d2.study.fingerprint import code_hash
 from refbn_d2.study.made_from import check_made_from
 from refbn_d2.study.spec import Condition, Norm, Overrides, Study, closest
 from refbn_d2.utils.errors import ConfigError
 
-# Config keys that change no number, or that the recipe holds under other names.
+# Config keys that change no number, or that the recipe holds in another form.
 _NOT_IN_RECIPE = ("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DEVICE", "DATASETS.REGISTER")
 
 
@@ -199,17 +202,21 @@ class Plan:
         overrides = study.overrides | condition.overrides | norm.overrides
         cfg = self._resolved(overrides, f", norm {norm.name!r}, condition {condition.name!r}")
         folder = self.folder / "runs" / slug(condition.name) / slug(norm.name) / f"seed{seed}"
+        where = f"study file {study.file}, norm {norm.name!r}, condition {condition.name!r}"
+        if study.task == "detection":
+            check_masks(study.evaluate, cfg.MODEL.MASK_ON, where)
         backbones = self._backbones(norm) if condition.pretrained else []
         pretraining = backbones[-1] if backbones else None
+        opts = [*flat(overrides), "SEED", seed, *self.sets.training(condition.hold_out)]
         if pretraining:
-            where = f"study file {study.file}, norm {norm.name!r}, condition {condition.name!r}"
             made = norm.convert or backbones[0].recipe["MODEL.NORM"]
-            _check_backbone(made, cfg.MODEL.RESNETS.NORM, where)
-        weights = pretraining.folder / "backbone.pkl" if pretraining else None
-        opts = [
-            *flat(overrides), "SEED", seed, *self.sets.training(condition.hold_out),
-            *(["MODEL.WEIGHTS", str(weights.resolve())] if weights else []),
-        ]  # fmt: skip
+            check_backbone(made, cfg.MODEL.RESNETS.NORM, where)
+            weights = pretraining.folder / "backbone.pkl"
+            opts += ["MODEL.WEIGHTS", str(weights.resolve())]
+        elif cfg.MODEL.WEIGHTS and not condition.pretrained:
+            opts += ["MODEL.WEIGHTS", ""]
+        if pretraining or not condition.pretrained:
+            cfg.MODEL.WEIGHTS = ""  # not the config's
         recipe = {
             **self._recipe(cfg), "SEED": seed, "engine": self.engine,
             "hold_out": condition.hold_out, "data": self.digests,
@@ -283,7 +290,11 @@ class Plan:
         return [pretraining, _conversion(pretraining, norm.convert)]
 
     def _recipe(self, cfg) -> dict[str, Any]:
-        return {k: v for k, v in leaves(cfg) if not k.startswith(_NOT_IN_RECIPE)}
+        recipe = {k: v for k, v in leaves(cfg) if not k.startswith(_NOT_IN_RECIPE)}
+        if cfg.MODEL.WEIGHTS:
+            with _named(f"study file {self.study.file}"):
+                recipe["MODEL.WEIGHTS"] = _weights(cfg.MODEL.WEIGHTS)
+        return recipe
 
     def _resolved(self, overrides: Overrides, where: str):
         study = self.study
@@ -334,20 +345,6 @@ class _named:
             raise ConfigError(f"{self.where}: {error}") from error
 
 
-def _check_backbone(made: str, used: str, where: str) -> None:
-    """Check that a backbone of the norm `made` may start a model of the norm `used`."""
-
-    def kind(norm: str) -> str:
-        return norm if norm in ("RefIN", "GN", "LN", "") else "a batch norm"
-
-    if kind(made) != kind(used) or (made == "folded" and used != "FrozenBN"):
-        allowed = "FrozenBN" if made == "folded" else kind(made)
-        raise ConfigError(
-            f"{where}: the backbone has {made}, but MODEL.RESNETS.NORM is {used!r}; allowed: "
-            f"{allowed}. Change it, or the norm's `pretrain: {{MODEL.NORM: ...}}` or `convert`"
-        )
-
-
 def _conversion(pretraining: Job, norm: str) -> Job:
     name = f"{pretraining.folder.name}-to-{norm}"
     folder = pretraining.folder.with_name(name)
@@ -357,6 +354,18 @@ def _conversion(pretraining: Job, norm: str) -> Job:
     stage = Stage("convert", "refbn_d2.export", arguments, leaves=converted)
     recipe = {**pretraining.recipe, "convert": norm}
     return Job(f"convert/{name}", folder, (stage,), recipe, needs=pretraining.id)
+
+
+@cache
+def _weights(text: str) -> str:
+    """Return what a run's numbers depend on in MODEL.WEIGHTS: the file's hash, or the URL."""
+    source = parse_source(text)
+    if source.is_url:
+        return text
+    if not Path(source.file).is_file():
+        raise ConfigError(f"MODEL.WEIGHTS {text}: there is no such file")
+    content = hashlib.sha256(Path(source.file).read_bytes())
+    return f"{content.hexdigest()[:16]} {text.partition('?')[2]}".strip()
 
 
 def cell_name(norm: str, condition: str) -> str:

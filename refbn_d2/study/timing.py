@@ -2,8 +2,8 @@
 
 In each round all norms take turns, so that a change of the machine's speed affects all of them. A
 ratio is the median over the rounds of the ratio to the baseline in the same round. "seconds a step"
-is the median over the rounds of a process's median over its last steps. Peak memory is the
-process's largest resident set on the CPU, and torch's largest allocation on a GPU.
+is the median over the rounds of a process's median over its last steps. Peak memory is torch's
+largest allocation on a GPU, and the process's largest resident set on the CPU (only on Linux).
 """
 
 import json
@@ -12,6 +12,7 @@ import re
 import shutil
 import statistics
 import subprocess
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -23,27 +24,48 @@ from refbn_d2.utils.file_io import write_text
 
 SECONDS, RATIO, MEMORY = "seconds a step", "time ratio", "peak memory (MB)"
 _MAX_MEM = re.compile(r"max_mem: (\d+)M")
+_LARGEST_RESIDENT = re.compile(r"VmHWM:\s+(\d+) kB")  # in /proc/<pid>/status
 
 
-def measure_timing(plan: Plan, gpus: list[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return {condition: {norm: {metric: value}}}; earlier measurements are read from their files.
+Costs = dict[str, dict[str, dict[str, float]]]  # condition -> norm -> metric -> value
+
+
+def measure_timing(plan: Plan, gpus: list[str]) -> Costs:
+    """Return the costs of the study's norms; those that were measured earlier are read.
 
     Raises:
         ChildProcessError: a process failed; names the file with its output.
     """
+    found = earlier_timing(plan)
+    timing = plan.study.timing
+    for condition in timing.conditions if timing.rounds else ():
+        if condition not in found:
+            jobs, path, recipe = _timed(plan, condition)
+            say(f"Timing {len(jobs)} norms under {condition!r}.")
+            found[condition] = _measure(plan, jobs, gpus)
+            content = {"recipe": recipe, "values": found[condition]}
+            write_text(path, json.dumps(content, indent=1))
+    return found
+
+
+def earlier_timing(plan: Plan) -> Costs:
+    """Return the costs that the study's folder has, for its present settings and code."""
     timing, found = plan.study.timing, {}
     for condition in timing.conditions if timing.rounds else ():
-        jobs = {job.norm: job for job in plan.timed() if job.condition == condition}
-        path = plan.folder / "timing" / f"{digest({'c': condition})}.json"
-        recipe: dict[str, str | int] = {norm: digest(job.recipe) for norm, job in jobs.items()}
-        recipe |= {"rounds": timing.rounds, "steps": timing.steps}
+        _, path, recipe = _timed(plan, condition)
         before = json.loads(path.read_text()) if path.exists() else {}
-        if before.get("recipe") != recipe:
-            say(f"Timing {len(jobs)} norms under {condition!r}.")
-            before = {"recipe": recipe, "values": _measure(plan, jobs, gpus)}
-            write_text(path, json.dumps(before, indent=1))
-        found[condition] = before["values"]
+        if before.get("recipe") == recipe:
+            found[condition] = before["values"]
     return found
+
+
+def _timed(plan: Plan, condition: str) -> tuple[dict[str, Job], Path, dict[str, str | int]]:
+    """Return the jobs by norm, the file of their costs, and what those depend on."""
+    jobs = {job.norm: job for job in plan.timed() if job.condition == condition}
+    path = plan.folder / "timing" / f"{digest({'c': condition})}.json"
+    recipe: dict[str, str | int] = {norm: digest(job.recipe) for norm, job in jobs.items()}
+    recipe |= {"rounds": plan.study.timing.rounds, "steps": plan.study.timing.steps}
+    return jobs, path, recipe
 
 
 def _measure(plan: Plan, jobs: dict[str, Job], gpus: list[str]) -> dict[str, dict[str, float]]:
@@ -56,9 +78,9 @@ def _measure(plan: Plan, jobs: dict[str, Job], gpus: list[str]) -> dict[str, dic
     base = seconds.get(plan.study.timing.baseline)
     values = {}
     for norm in jobs:
-        values[norm] = {
-            SECONDS: statistics.median(seconds[norm]), MEMORY: statistics.median(memory[norm])
-        }  # fmt: skip
+        values[norm] = {SECONDS: statistics.median(seconds[norm])}
+        if all(memory[norm]):
+            values[norm][MEMORY] = statistics.median(memory[norm])
         if base:
             ratios = [own / other for own, other in zip(seconds[norm], base, strict=True)]
             values[norm][RATIO] = statistics.median(ratios)
@@ -66,7 +88,7 @@ def _measure(plan: Plan, jobs: dict[str, Job], gpus: list[str]) -> dict[str, dic
 
 
 def _one(plan: Plan, job: Job, gpus: list[str]) -> tuple[float, float]:
-    """Run one short training; return its seconds a step and its memory in MB."""
+    """Run one short training; return its seconds a step and its memory in MB, 0 if unknown."""
     folder = plan.folder / "timing" / "run"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -75,16 +97,18 @@ def _one(plan: Plan, job: Job, gpus: list[str]) -> tuple[float, float]:
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[0]
     output = folder / "output.txt"
+    peak = 0.0
     with open(output, "wb") as file:
         process = subprocess.Popen(
             stage.command(), stdout=file, stderr=subprocess.STDOUT, env=environment
         )
         try:
-            _, status, usage = os.wait4(process.pid, 0)
+            while process.poll() is None:
+                peak = max(peak, _largest_resident(process.pid))
+                time.sleep(0.1)
         except BaseException:  # the study is being stopped
             process.terminate()
             raise
-    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise ChildProcessError(
             f"timing {job.norm} ended with exit code {process.returncode}: {output} says why. "
@@ -92,8 +116,19 @@ def _one(plan: Plan, job: Job, gpus: list[str]) -> tuple[float, float]:
         )
     times = read_curves(folder / "metrics.json")["time"][1]
     allocated = _MAX_MEM.findall(output.read_text(errors="replace"))
-    peak = float(allocated[-1]) if gpus and allocated else usage.ru_maxrss / 1024
-    return float(times[-1]), peak
+    return float(times[-1]), float(allocated[-1]) if gpus and allocated else peak
+
+
+def _largest_resident(pid: int) -> float:
+    """Return a running process's largest resident set so far, in MB; 0 if it is not known.
+
+    The `ru_maxrss` of a child is at least that of its parent, since it forked from it.
+    """
+    try:
+        found = _LARGEST_RESIDENT.search(Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0.0
+    return int(found[1]) / 1024 if found else 0.0
 
 
 def _short(plan: Plan, job: Job, folder: Path) -> Stage:

@@ -10,7 +10,8 @@ from PIL import Image
 from refbn_d2.config import get_cfg
 from refbn_d2.config.pretrain import get_pretrain_cfg
 from refbn_d2.data.corruptions import corrupt
-from refbn_d2.study.data import sets_of, stratified
+from refbn_d2.study.data import sets_of
+from refbn_d2.study.sampling import stratified
 from refbn_d2.study.spec import load_study
 from refbn_d2.utils.errors import ConfigError, DataError
 
@@ -93,6 +94,11 @@ def test_bad_data(coco, content, written, tmp_path):
     (coco / "train.json").write_text(json.dumps(train))
     with pytest.raises(DataError, match=r"image 13 \(3.png\) has no 'domain'"):
         sets.make([None])
+    for part in ("train", "val"):
+        (coco / part / "5.png").rename(coco / "away.png")
+        with pytest.raises(FileNotFoundError, match=rf"{part}.json: 1 of \d+ pictures .*5.png"):
+            sets.make([None])
+        (coco / "away.png").rename(coco / part / "5.png")
     (coco / "train.json").write_text(json.dumps(train | {"images": []}))
     with pytest.raises(DataError, match="train.json.* list of images is empty"):
         sets.make([None])

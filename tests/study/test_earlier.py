@@ -1,6 +1,7 @@
 """Runs that an earlier session's CSV holds are not repeated, and stay in the table."""
 
 import math
+import shlex
 from argparse import Namespace
 from pathlib import Path
 
@@ -204,3 +205,40 @@ def test_results_are_written_whatever_the_timing_does(call, plan_of, tmp_path, m
     monkeypatch.setattr("refbn_d2.study.measure.measure_timing", lambda plan, gpus: costs)
     call(have=file, **changes)
     assert [row.value for row in read_csv(tmp_path / "out/results.csv")] == [20.0, 20.0, 20.0, 0.5]
+
+
+def test_one_run_again_leaves_what_was_timed(call, plan_of, tmp_path, monkeypatch):
+    file, timing = results(tmp_path, [DONE], code_hash()), {"timing": {"rounds": 1}}
+    monkeypatch.setattr("refbn_d2.study.timing._one", lambda plan, job, gpus: (0.5, 0.0))
+    call(have=file, **timing)
+    costs = [r for r in read_csv(tmp_path / "out/results.csv") if r.seed is None]
+    assert [(r.metric, r.value) for r in costs] == [("seconds a step", 0.5), ("time ratio", 1)] * 2
+    call(have=file, only="norm=BN,seed=1", **timing)
+    assert [r for r in read_csv(tmp_path / "out/results.csv") if r.seed is None] == costs
+    call(have=file, only="norm=BN,seed=1", overrides={"SOLVER.BASE_LR": 0.3}, **timing)
+    assert not [r for r in read_csv(tmp_path / "out/results.csv") if r.seed is None]
+
+
+def test_failures_of_runs_and_of_the_timing_are_both_told(call, plan_of, tmp_path, monkeypatch):
+    def fail(self):
+        record = self.records[self.jobs[0].id]
+        record.write(status="failed", error="out of memory")
+
+    def fail_too(plan, gpus):
+        raise ChildProcessError("timing BN ended with exit code 1")
+
+    monkeypatch.setattr(Runner, "run", fail)
+    monkeypatch.setattr("refbn_d2.study.measure.measure_timing", fail_too)
+    monkeypatch.setattr("refbn_d2.study.measure.bootstrap", lambda plan: [])
+    with pytest.raises(ChildProcessError, match="1 of 4 jobs failed.*out of memory.*timing BN"):
+        measure(Namespace(study=plan_of(timing={"rounds": 1}).study.file, jobs=1, only="",
+                          output_dir=tmp_path / "out", engine="", have="", same_code="",
+                          dry_run=False))  # fmt: skip
+
+
+def test_a_command_names_the_engine_that_was_asked_for(plan_of):
+    plan = plan_of(timing={"rounds": 1})
+    assert "--engine" not in next(iter(rows_of(plan, {}))).command
+    plan.engine = "detectron2"
+    words = shlex.split(next(iter(rows_of(plan, {}))).command)
+    assert words[3:5] == ["--engine", "detectron2"] and words[5] == "--only"

@@ -53,6 +53,29 @@ def test_a_second_program_in_the_folder_is_refused_by_one_line(coco, content, wr
     assert f"{out} is in use by process {os.getpid()}" in err and "another --output-dir" in err
 
 
+@pytest.mark.detectron2
+def test_a_study_on_detectron2(coco, content, written, tmp_path):
+    """Both trainings and their evaluations run in Detectron2, and all metrics are there."""
+    content["overrides"] |= {"SOLVER.MAX_ITER": 2, "SOLVER.IMS_PER_BATCH": 2,
+                             "SOLVER.AMP.ENABLED": False}  # fmt: skip
+    content["seeds"] = [1]
+    content["norms"] = {"BN": {}, "BRN": {"overrides": {"MODEL.RESNETS.NORM": "BRN"}}}
+    content["conditions"] = {"2 domain": {"overrides": {"DATALOADER.BATCH_COMPOSITION": "domain"}}}
+    content["evaluate"] = {"domains": True, "steps_to": {"total_loss": 100},
+                           "corruptions": {"names": ["fog"], "severities": [1]}}  # fmt: skip
+    study, out = written(content), tmp_path / "out"
+    code, _, err = measure("--study", study, "--output-dir", out, "--engine", "detectron2")
+    assert code == 0, err
+    rows = read_csv(out / "results.csv")
+    for norm in ("BN", "BRN"):
+        own = {r.metric: r for r in rows if r.norm == norm}
+        assert {"bbox/AP", "segm/AP@day", "bbox/AP@night", "bbox/AP~fog/1", "segm/mPC"} <= set(own)
+        assert own["bbox/AP"].n == 8 and own["steps to total_loss 100"].value == 2
+        assert "--engine detectron2 --only" in own["bbox/AP"].command
+        log = out / "runs/2-domain" / norm / "seed1/log.txt"
+        assert "detectron2" in log.read_text()
+
+
 @pytest.mark.slow
 def test_the_smoke_study(tmp_path):
     """The study runs; a second call has nothing to do; another study is refused."""

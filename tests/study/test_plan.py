@@ -10,7 +10,7 @@ from refbn_d2.config import get_cfg
 from refbn_d2.data import catalog
 from refbn_d2.export.__main__ import parser as export_parser
 from refbn_d2.study.data import ClassificationSets, DetectionSets
-from refbn_d2.study.plan import Plan, parse_only
+from refbn_d2.study.plan import Plan, _weights, parse_only
 from refbn_d2.study.spec import load_study
 from refbn_d2.utils.errors import ConfigError, DataError
 
@@ -157,6 +157,50 @@ def test_what_a_recipe_holds(coco, content, written):
     with open(coco / "val.json", "a") as file:
         file.write(" ")
     assert plan_of(written(content)).runs[0].recipe != before
+
+
+def test_weights_that_the_config_names(coco, content, written, tmp_path):
+    """A run depends on the file's content, not on its place. From scratch, none is loaded."""
+    weights = tmp_path / "a.pth"
+    content["overrides"]["MODEL.WEIGHTS"] = str(weights)
+    content["conditions"] = {"two iid": {}, "scratch": {"pretrained": False}}
+    with pytest.raises(ConfigError, match="mine.yaml: MODEL.WEIGHTS .*a.pth: there is no such"):
+        plan_of(written(content))
+
+    def plan(data, name="a.pth"):
+        _weights.cache_clear()
+        (tmp_path / name).write_bytes(data)
+        content["overrides"]["MODEL.WEIGHTS"] = str(tmp_path / name)
+        return plan_of(written(content))
+
+    first, other, moved = plan(b"1"), plan(b"2"), plan(b"1", "b.pth")
+    tuned, scratch = "norm=BN,condition=two iid", "norm=BN,condition=scratch"
+    assert first.settings()[tuned] == moved.settings()[tuned] != other.settings()[tuned]
+    assert first.settings()[scratch] == other.settings()[scratch]
+    weights = [merged(run.stages[0]).MODEL.WEIGHTS for run in moved.runs[:4]]
+    assert weights == [str(tmp_path / "b.pth")] * 2 + [""] * 2
+    content["overrides"]["MODEL.WEIGHTS"] = "detectron2://a/b.pkl"
+    assert plan_of(written(content)).runs[0].recipe["MODEL.WEIGHTS"] == "detectron2://a/b.pkl"
+
+
+@pytest.mark.parametrize(
+    "evaluate, measured",
+    [
+        ({}, "segm/AP"),
+        ({"metrics": ["bbox/AP"], "steps_to": {"loss_mask": 0.3}}, "loss_mask"),
+        ({"metrics": ["bbox/AP"], "steps_to": {"segm/AP": 3}}, "segm/AP"),
+        ({"metrics": ["bbox/AP"], "steps_to": {"total_loss": 3}}, None),
+    ],
+)
+def test_masks_of_a_model_without_are_refused(coco, content, written, evaluate, measured):
+    content["norms"] = {"BN": {"overrides": {"MODEL.MASK_ON": False}}}
+    content["evaluate"] = evaluate
+    if measured is None:
+        assert plan_of(written(content)).runs
+    else:
+        message = f"norm 'BN', condition 'two iid': .* {measured}, but MODEL.MASK_ON is False"
+        with pytest.raises(ConfigError, match=message):
+            plan_of(written(content))
 
 
 def test_derived_sets_of_other_settings_are_refused(coco, content, written, tmp_path):
