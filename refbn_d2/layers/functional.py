@@ -169,7 +169,7 @@ def ref_batch_norm(
     "reference" is the exact derivative if the last `rows` of x were averaged into mu_R, var_R.
     c is (1-w)/n; for those rows, w momentum / n_rows is added to it, with n_rows = rows H W. With
     w = momentum = 1 this is Virtual BatchNorm (Salimans et al., "Improved Techniques for Training
-    GANs", 2016, section 3.4).
+    GANs", 2016, section 3.4), except that there each example counts in its own moments.
 
     Args:
         x: (N, C, H, W), N > 0; float16 and bfloat16 are normalized by float32 moments.
