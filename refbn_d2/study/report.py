@@ -93,8 +93,8 @@ def markdown(rows: Sequence[Row], about: About, level: int = 2) -> str:
         parts.append(f"Made by `{about.command}`. Each row of the CSV has its own command.")
     rows, waiting = _begun(rows)
     texts = {**about.norms, **about.conditions}
-    named = dict.fromkeys(name for row in rows for name in (row.norm, row.condition))
-    parts.append("\n".join(f"- {name}: {texts[name]}" for name in named if name in texts))
+    begun = {name for row in rows for name in (row.norm, row.condition)}
+    parts.append("\n".join(f"- {name}: {text}" for name, text in texts.items() if name in begun))
     for condition, norms in waiting.items():
         parts.append(f"Not run yet under {condition!r}: {', '.join(norms)}.")
     for table in all_tables(rows, about.baseline):
