@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from refbn_d2.config import RefBNOptions, apply_options, refbn_options
-from refbn_d2.layers.peers import restart_schedules
+from refbn_d2.layers.peers import restart_peers
 from refbn_d2.reference.batch import ReferenceBatch
 from refbn_d2.reference.detection import image_rows
 from refbn_d2.reference.selection import is_landscape, select_reference
@@ -129,21 +129,24 @@ class ReferenceBatchHook(HookBase):
         It stays after the timer, which measures it too.
         """
         others = [hook for hook in self.trainer._hooks if hook is not self]
-        place = int(bool(others) and isinstance(others[0], IterationTimer))
+        place = 0
+        while place < len(others) and isinstance(others[place], IterationTimer | PeerRestartHook):
+            place += 1
         # A new list: the trainer is iterating over the old one.
         self.trainer._hooks = [*others[:place], self, *others[place:]]
 
 
-class ScheduleHook(HookBase):
+class PeerRestartHook(HookBase):
     """Start the schedules of peer norms at step 0, unless the run is resumed.
 
     `import refbn_d2` adds this hook to every trainer whose model has such norms. Without it the
-    weights of another run would bring that run's steps along.
+    weights of another run would bring that run's steps along. It comes before the reference batch
+    is captured.
     """
 
     def before_train(self) -> None:
         if self.trainer.start_iter == 0:
-            restart_schedules(self.trainer.model)
+            restart_peers(self.trainer.model)
 
 
 def _log_as_detectron2() -> None:

@@ -9,7 +9,7 @@
                                 convolutions, and registers DATASETS.REGISTER
     config defaults             have MODEL.REFBN, DATASETS.REGISTER and the other new keys
     TrainerBase.register_hooks  adds a `ReferenceBatchHook` if the model has RefBN, and a
-                                `ScheduleHook` if it has peers
+                                `PeerRestartHook` if it has peers
     DatasetCatalog              knows `shapes_train` and the other shapes
 
 MODEL.BACKBONE.FREEZE_AT needs nothing: Detectron2 makes every BatchNorm2d, RefBN included, a
@@ -32,7 +32,7 @@ from refbn_d2.config import add_refbn_config, apply_options, refbn_options
 from refbn_d2.config.refbn import check_model
 from refbn_d2.data import catalog
 from refbn_d2.layers import RefBatchNorm2d, RefInstanceNorm2d, has_refbn
-from refbn_d2.layers.peers import PEERS, prepare_peers
+from refbn_d2.layers.peers import PEERS, has_peers, prepare_peers
 from refbn_d2.plugin.patching import originals, replace_attribute, replace_code
 from refbn_d2.utils.errors import ConfigError
 
@@ -52,7 +52,7 @@ try:
     from detectron2.modeling.meta_arch import build
     from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 
-    from refbn_d2.plugin.hook import ReferenceBatchHook, ScheduleHook
+    from refbn_d2.plugin.hook import PeerRestartHook, ReferenceBatchHook
 except ImportError as error:
     if "'_C'" in str(error):
         raise ImportError(
@@ -252,8 +252,8 @@ def _with_hooks(register_hooks: Callable) -> Callable:
             hook = ReferenceBatchHook()
             _added.add(hook)
             hooks = [hook, *hooks]
-        if _needs_schedule_hook(self):
-            hooks = [ScheduleHook(), *hooks]
+        if _needs_peer_hook(self):
+            hooks = [PeerRestartHook(), *hooks]
         register_hooks(self, hooks)
 
     return wrapped
@@ -269,12 +269,12 @@ def _needs_reference_hook(trainer: TrainerBase) -> bool:
     )
 
 
-def _needs_schedule_hook(trainer: TrainerBase) -> bool:
+def _needs_peer_hook(trainer: TrainerBase) -> bool:
     model = getattr(trainer, "model", None)
     return (
         model is not None
-        and any(isinstance(module, tuple(PEERS.values())) for module in model.modules())
-        and not any(isinstance(hook, ScheduleHook) for hook in trainer._hooks)
+        and has_peers(model)
+        and not any(isinstance(hook, PeerRestartHook) for hook in trainer._hooks)
     )
 
 

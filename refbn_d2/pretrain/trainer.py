@@ -15,7 +15,7 @@ from refbn_d2.checkpoint import load_checkpoint, load_source, load_weights, save
 from refbn_d2.config import refbn_options
 from refbn_d2.config.refbn import check_model
 from refbn_d2.layers import has_refbn
-from refbn_d2.layers.peers import prepare_peers
+from refbn_d2.layers.peers import prepare_peers, restart_peers
 from refbn_d2.pretrain.backbone import resnet_keys, write_backbone
 from refbn_d2.pretrain.data.datasets import load_images
 from refbn_d2.pretrain.data.loaders import Samples, Unreadable, build_train_loader, build_transform
@@ -90,6 +90,7 @@ def _build_models(
         model.load_state_dict(weights["model"])
     elif weights:
         load_weights(model, weights["model"], source)
+        restart_peers(model)
     average = None if training and not checkpoint else weights.get("model_ema")
     if not (cfg.MODEL.EMA.ENABLED and (training or average)):
         return model, None

@@ -14,15 +14,11 @@ def untouched(model: nn.Module, seed: int) -> Iterator[None]:
     """Put the model in training mode without gradient; restore its state afterwards.
 
     The state is the buffers, the plain numbers that modules keep (training flags, RetinaNet's loss
-    normalizer) and the random generators. Inside, the generators are seeded, so that every worker
-    draws the same samples.
+    normalizer), also where they are None before, and the random generators. Inside, the generators
+    are seeded, so that every worker draws the same samples.
     """
-
-    def numbers(module: nn.Module) -> dict[str, float]:
-        return {key: value for key, value in vars(module).items() if isinstance(value, int | float)}
-
     buffers = [(part := _written_once(buffer), part.clone()) for buffer in model.buffers()]
-    before = [(module, numbers(module)) for module in model.modules()]
+    before = [(module, dict(vars(module))) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with seeded(seed, devices), torch.no_grad():
         try:
@@ -31,11 +27,18 @@ def untouched(model: nn.Module, seed: int) -> Iterator[None]:
             yield
         finally:
             for module, values in before:
-                for name in numbers(module).keys() - values.keys():
+                now = vars(module)
+                for name in [n for n in now if n not in values and _is_number(now[n])]:
                     delattr(module, name)
-                vars(module).update(values)
+                for name, value in values.items():
+                    if _is_number(value) or (value is None and _is_number(now.get(name))):
+                        now[name] = value
             for buffer, value in buffers:
                 buffer.copy_(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def _written_once(buffer: Tensor) -> Tensor:

@@ -143,10 +143,7 @@ class DetectionSets(Sets):
 
     def make(self, hold_outs: Sequence[str | None]) -> None:
         data, field = self.study.data, self.cfg.DATALOADER.DOMAIN_FIELD
-        content, test = read_set(self.source["train"]), read_set(self.source["test"])
-        for dataset, its in ((self.source["train"], content), (self.source["test"], test)):
-            files = [str(dataset.image_root / image["file_name"]) for image in its["images"]]
-            check_pictures(files, str(dataset.json_file))
+        content = read_set(self.source["train"])
         domains = [image.get(field) for image in content["images"]]
         if (self.study.evaluate.domains or any(hold_outs)) and None in domains:
             image = content["images"][domains.index(None)]
@@ -165,10 +162,15 @@ class DetectionSets(Sets):
                 ]
                 write_subset(content, kept, dataset.json_file)
         if self.test is not self.source["test"] and not self.test.json_file.exists():
-            whole = content if held is not None else test
+            whole = content if held is not None else read_set(self.source["test"])
             images = [whole["images"][i] for i in held] if held is not None else whole["images"]
             chosen = stratified([image.get(field) for image in images], data.test_images)
             write_subset(whole, [images[i] for i in chosen], self.test.json_file)
+        if hold_outs:  # there are runs
+            for dataset in (*map(self.train_set, hold_outs), self.test):
+                names = [image["file_name"] for image in read_set(dataset)["images"]]
+                paths = [str(dataset.image_root / name) for name in names]
+                check_pictures(paths, str(dataset.json_file))
         self._corrupt(field)
 
     def _corrupt(self, field: str) -> None:

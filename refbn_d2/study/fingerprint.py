@@ -1,9 +1,12 @@
-"""Hash the code that a result depends on."""
+"""Hash the code and the weights that a result depends on."""
 
 import ast
 import hashlib
 from functools import cache
 from pathlib import Path
+
+from refbn_d2.checkpoint.source import parse_source
+from refbn_d2.utils.errors import ConfigError
 
 # These parts do not change the numbers of a run, except for some of their files.
 # (configs/ is in a wheel only, and the recipe of a run holds their values.)
@@ -36,3 +39,24 @@ def normalized(source: str) -> str:
                 if isinstance(first.value.value, str):
                     del node.body[0]
     return ast.dump(tree)
+
+
+def weights_hash(text: str) -> str:
+    """Return the hash of the file that MODEL.WEIGHTS names, with its options; a URL as it is.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    source = parse_source(text)
+    if source.is_url:
+        return text
+    file = Path(source.file)
+    if not file.is_file():
+        raise ConfigError(f"MODEL.WEIGHTS {text}: there is no such file")
+    content = _file_hash(file, file.stat().st_mtime_ns, file.stat().st_size)
+    return f"{content} {text.partition('?')[2]}".strip()
+
+
+@cache
+def _file_hash(file: Path, mtime_ns: int, size: int) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]

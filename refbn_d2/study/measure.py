@@ -24,7 +24,7 @@ from refbn_d2.study.results import Row, write_csv
 from refbn_d2.study.runner import Record, Runner, say
 from refbn_d2.study.spec import Study, load_study
 from refbn_d2.study.tables import table_of
-from refbn_d2.study.timing import Costs, earlier_timing, measure_timing
+from refbn_d2.study.timing import Costs, known_costs, measure_timing
 from refbn_d2.utils.errors import ConfigError
 from refbn_d2.utils.file_io import write_text
 from refbn_d2.utils.lock import locked
@@ -68,7 +68,7 @@ def measure(args: argparse.Namespace) -> None:
         # Of a part of the study, what takes minutes is left out.
         detection = isinstance(plan.sets, DetectionSets)
         resampled = bootstrap(plan) if detection and not args.only else []
-        write_results(plan, folder, earlier_timing(plan), resampled, earlier)
+        write_results(plan, folder, known_costs(plan), resampled, earlier)
         problems = []
         if failed:
             problems.append(f"{len(failed)} of {len(jobs)} jobs failed")
@@ -79,7 +79,7 @@ def measure(args: argparse.Namespace) -> None:
         except ChildProcessError as error:
             problems.append(str(error))
     if problems:
-        raise ChildProcessError(f"{'; '.join(problems)}. The same command tries again")
+        raise ChildProcessError("start the study again to retry: " + "; ".join(problems))
 
 
 def engine_of(name: str) -> str:

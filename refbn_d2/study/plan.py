@@ -13,17 +13,15 @@ import shlex
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from refbn_d2.checkpoint.source import parse_source
 from refbn_d2.config import get_cfg, refbn_options
 from refbn_d2.config.cfg_node import leaves
 from refbn_d2.config.pretrain import check_pretrain_config, get_pretrain_cfg
 from refbn_d2.study.checks import check_backbone, check_masks
 from refbn_d2.study.data import DetectionSets, sets_of
-from refbn_d2.study.fingerprint import code_hash
+from refbn_d2.study.fingerprint import code_hash, weights_hash
 from refbn_d2.study.made_from import check_made_from
 from refbn_d2.study.spec import Condition, Norm, Overrides, Study, closest
 from refbn_d2.utils.errors import ConfigError
@@ -216,7 +214,7 @@ class Plan:
         elif cfg.MODEL.WEIGHTS and not condition.pretrained:
             opts += ["MODEL.WEIGHTS", ""]
         if pretraining or not condition.pretrained:
-            cfg.MODEL.WEIGHTS = ""  # not the config's
+            cfg.MODEL.WEIGHTS = ""  # the run does not load what the config names
         recipe = {
             **self._recipe(cfg), "SEED": seed, "engine": self.engine,
             "hold_out": condition.hold_out, "data": self.digests,
@@ -293,7 +291,7 @@ class Plan:
         recipe = {k: v for k, v in leaves(cfg) if not k.startswith(_NOT_IN_RECIPE)}
         if cfg.MODEL.WEIGHTS:
             with _named(f"study file {self.study.file}"):
-                recipe["MODEL.WEIGHTS"] = _weights(cfg.MODEL.WEIGHTS)
+                recipe["MODEL.WEIGHTS"] = weights_hash(cfg.MODEL.WEIGHTS)
         return recipe
 
     def _resolved(self, overrides: Overrides, where: str):
@@ -354,18 +352,6 @@ def _conversion(pretraining: Job, norm: str) -> Job:
     stage = Stage("convert", "refbn_d2.export", arguments, leaves=converted)
     recipe = {**pretraining.recipe, "convert": norm}
     return Job(f"convert/{name}", folder, (stage,), recipe, needs=pretraining.id)
-
-
-@cache
-def _weights(text: str) -> str:
-    """Return what a run's numbers depend on in MODEL.WEIGHTS: the file's hash, or the URL."""
-    source = parse_source(text)
-    if source.is_url:
-        return text
-    if not Path(source.file).is_file():
-        raise ConfigError(f"MODEL.WEIGHTS {text}: there is no such file")
-    content = hashlib.sha256(Path(source.file).read_bytes())
-    return f"{content.hexdigest()[:16]} {text.partition('?')[2]}".strip()
 
 
 def cell_name(norm: str, condition: str) -> str:

@@ -36,11 +36,11 @@ def measure_timing(plan: Plan, gpus: list[str]) -> Costs:
     Raises:
         ChildProcessError: a process failed; names the file with its output.
     """
-    found = earlier_timing(plan)
+    found = known_costs(plan)
     timing = plan.study.timing
     for condition in timing.conditions if timing.rounds else ():
         if condition not in found:
-            jobs, path, recipe = _timed(plan, condition)
+            jobs, path, recipe = _cost_record(plan, condition)
             say(f"Timing {len(jobs)} norms under {condition!r}.")
             found[condition] = _measure(plan, jobs, gpus)
             content = {"recipe": recipe, "values": found[condition]}
@@ -48,18 +48,18 @@ def measure_timing(plan: Plan, gpus: list[str]) -> Costs:
     return found
 
 
-def earlier_timing(plan: Plan) -> Costs:
+def known_costs(plan: Plan) -> Costs:
     """Return the costs that the study's folder has, for its present settings and code."""
     timing, found = plan.study.timing, {}
     for condition in timing.conditions if timing.rounds else ():
-        _, path, recipe = _timed(plan, condition)
+        _, path, recipe = _cost_record(plan, condition)
         before = json.loads(path.read_text()) if path.exists() else {}
         if before.get("recipe") == recipe:
             found[condition] = before["values"]
     return found
 
 
-def _timed(plan: Plan, condition: str) -> tuple[dict[str, Job], Path, dict[str, str | int]]:
+def _cost_record(plan: Plan, condition: str) -> tuple[dict[str, Job], Path, dict[str, str | int]]:
     """Return the jobs by norm, the file of their costs, and what those depend on."""
     jobs = {job.norm: job for job in plan.timed() if job.condition == condition}
     path = plan.folder / "timing" / f"{digest({'c': condition})}.json"

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from refbn_d2.checkpoint.files import save_checkpoint
-from refbn_d2.layers.peers import restart_schedules
 from refbn_d2.reference.batch import ReferenceBatch
 from refbn_d2.training.events import WINDOW, EventWriter, SilentWriter
 from refbn_d2.training.interruption import stop_signal
@@ -75,8 +74,6 @@ class TrainingLoop(ABC):
         self.wrapped = distributed.data_parallel(model, self.device)  # what a step calls
         self.optimizer, self.scaler, self.seed = optimizer, scaler, seed
         self.start_iteration, self.max_iter = start_iteration, max_iter
-        if start_iteration == 0:
-            restart_schedules(model)
         self.checkpoint_period, self.eval_period = checkpoint_period, eval_period
 
     @abstractmethod

@@ -99,8 +99,8 @@ def test_a_run_from_the_weights_of_another_starts_its_schedule_and_a_resumed_one
 
 
 @pytest.mark.detectron2
-@pytest.mark.parametrize("name", ["BRN", "CBN"])
-def test_in_detectron2_too(detectron2_cfg, tmp_path, name):
+@pytest.mark.parametrize("name", PEERS)
+def test_detectron2_starts_and_continues_schedules_too(detectron2_cfg, tmp_path, name):
     pytest.importorskip("detectron2.engine")
 
     def run(folder, steps, weights="", resume=False):
@@ -117,6 +117,27 @@ def test_in_detectron2_too(detectron2_cfg, tmp_path, name):
     assert steps == 3
     assert run("fine-tuned", 2, pretrained)[1] == 2
     assert run("fine-tuned", 3, pretrained, resume=True)[1] == 3
+
+
+@pytest.mark.detectron2
+def test_the_restart_comes_before_the_timer_and_the_reference_batch(detectron2_cfg):
+    pytest.importorskip("detectron2.engine")
+    from refbn_d2.plugin.hook import PeerRestartHook, ReferenceBatchHook
+
+    with_norm(detectron2_cfg, "CBN").merge_from_list(
+        ["MODEL.ROI_MASK_HEAD.NORM", "RefBN", "SOLVER.MAX_ITER", 4]
+    )
+    detectron2_cfg.MODEL.REFBN.REFRESH = "slice"
+    trainer = trainer_of(detectron2_cfg)
+    trainer.train()
+    names = [type(hook).__name__ for hook in trainer._hooks]
+    assert names[:3] == [PeerRestartHook.__name__, "IterationTimer", ReferenceBatchHook.__name__]
+    assert names.count(PeerRestartHook.__name__) == 1
+    resumed = trainer_of(detectron2_cfg.clone())
+    resumed.resume_or_load(resume=True)
+    resumed.max_iter = 6
+    resumed.train()
+    assert int(resumed.model.state_dict()[STEPS]) == 6
 
 
 @pytest.mark.detectron2

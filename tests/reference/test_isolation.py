@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from refbn_d2.reference.isolation import untouched
 from tests.reference.helpers import images, make
 
 
@@ -30,3 +31,20 @@ def test_capture_touches_nothing_but_the_reference(training):
     assert torch.equal(torch.get_rng_state(), random_states[0])
     assert random.getstate() == random_states[1]
     assert np.random.get_state()[1].tolist() == random_states[2]
+
+
+def test_a_number_that_a_forward_pass_sets_is_unset_again():
+    """CBN reads its steps from a checkpoint at the first call; until then they are None."""
+
+    class Counts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.steps, self.cached = None, torch.ones(1)
+
+        def forward(self):
+            self.steps, self.more, self.cached = 3, 4, None
+
+    model = Counts()
+    with untouched(model, 0):
+        model()
+    assert model.steps is None and not hasattr(model, "more") and hasattr(model, "cached")

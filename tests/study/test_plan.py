@@ -10,7 +10,7 @@ from refbn_d2.config import get_cfg
 from refbn_d2.data import catalog
 from refbn_d2.export.__main__ import parser as export_parser
 from refbn_d2.study.data import ClassificationSets, DetectionSets
-from refbn_d2.study.plan import Plan, _weights, parse_only
+from refbn_d2.study.plan import Plan, parse_only
 from refbn_d2.study.spec import load_study
 from refbn_d2.utils.errors import ConfigError, DataError
 
@@ -168,7 +168,6 @@ def test_weights_that_the_config_names(coco, content, written, tmp_path):
         plan_of(written(content))
 
     def plan(data, name="a.pth"):
-        _weights.cache_clear()
         (tmp_path / name).write_bytes(data)
         content["overrides"]["MODEL.WEIGHTS"] = str(tmp_path / name)
         return plan_of(written(content))

@@ -25,6 +25,7 @@ from refbn_d2.engines.torchvision.evaluation import Evaluator
 from refbn_d2.engines.torchvision.modeling import build_model
 from refbn_d2.engines.torchvision.solver import build_optimizer, gradient_clipper, lr_multiplier
 from refbn_d2.layers import has_refbn
+from refbn_d2.layers.peers import restart_peers
 from refbn_d2.metrics import coco_ap
 from refbn_d2.reference.batch import ReferenceBatch
 from refbn_d2.reference.detection import image_rows
@@ -88,6 +89,7 @@ def _build_model(cfg, checkpoint: dict | None, allow_partial_weights: bool) -> n
             model, weights["model"], cfg.MODEL.WEIGHTS, allow_partial_weights,
             str(weights.get("arch")),
         )  # fmt: skip
+        restart_peers(model)
     return model
 
 

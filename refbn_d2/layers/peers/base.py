@@ -14,8 +14,8 @@ class PeerBatchNorm2d(nn.BatchNorm2d):
     State: BatchNorm2d's keys and `steps` (int64), the number of training-mode calls of this layer.
     Schedules depend on `steps`, not on `num_batches_tracked`, which a pretrained BatchNorm brings
     along. A BatchNorm2d's state dict loads, with `steps` 0. This layer's state dict loads with its
-    `steps`, as a resumed run needs; a run that starts from another's weights calls
-    `restart_schedule`. It loads into BatchNorm2d with `strict=False`.
+    `steps`, as a resumed run needs; a run that starts from another's weights calls `restart`. The
+    state dict loads into BatchNorm2d with `strict=False`.
 
     Args:
         num_features: C of an (N, C, H, W) input.
@@ -56,8 +56,8 @@ class PeerBatchNorm2d(nn.BatchNorm2d):
         """Normalize x (N, C, H, W), N > 0, as in training, and update the statistics."""
         raise NotImplementedError
 
-    def restart_schedule(self) -> None:
-        """Set `steps` to 0: the next call is the first of a new run."""
+    def restart(self) -> None:
+        """Forget earlier steps: the next call is the first of a new run."""
         self.steps.zero_()
 
     def average_factor(self) -> float:

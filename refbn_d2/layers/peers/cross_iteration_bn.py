@@ -194,8 +194,8 @@ class CrossIterationBatchNorm2d(PeerBatchNorm2d):
             )
         self._checked = True
 
-    def restart_schedule(self) -> None:
-        super().restart_schedule()
+    def restart(self) -> None:
+        super().restart()
         self.past.clear()
         self._steps = 0
 

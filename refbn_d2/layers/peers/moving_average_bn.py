@@ -46,7 +46,7 @@ class _Normalize(torch.autograd.Function):
         )  # fmt: skip
         psi = gamma * r * dy_z / (x.numel() // len(chi2))
         past = ctx.gradient_moments.index_select(0, slot)[0]  # stays if a GradScaler overflows
-        kept = torch.where(psi.isfinite(), psi.to(past), past)
+        kept = torch.where(psi.to(past).isfinite(), psi.to(past), past)
         ctx.gradient_moments.index_copy_(0, slot, kept[None])
         psi = torch.where(averages, ctx.gradient_moments.mean(0).to(psi), psi)
         dx = None
@@ -74,8 +74,8 @@ class MovingAverageBatchNorm2d(PeerBatchNorm2d):
     call `link_mabn(model)` once the model is built. If a layer is called several times in a forward
     pass, each call counts as a batch.
 
-    With a GradScaler, psi is that of the scaled loss. A step that overflows is left out of it.
-    After a change of scale, psi averages both scales for `window` steps.
+    With a GradScaler, psi is that of the scaled loss. Where a step overflows, the window keeps an
+    older value. After a change of scale, psi averages both scales for `window` steps.
 
     State: that of `PeerBatchNorm2d`, and both windows. A BatchNorm2d that loads it (`strict=False`)
     is the same map in eval mode. A BatchNorm2d's state dict loads, but MABN cannot resume from it:
@@ -157,6 +157,11 @@ class MovingAverageBatchNorm2d(PeerBatchNorm2d):
         return _Normalize.apply(
             x, gamma, beta, chi2, r, self.gradient_moments, slot, averages, self.eps
         )
+
+    def restart(self) -> None:
+        super().restart()
+        self.second_moments.zero_()
+        self.gradient_moments.zero_()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         windows = {name: getattr(self, name) for name in ("second_moments", "gradient_moments")}

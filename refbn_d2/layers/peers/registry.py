@@ -58,7 +58,11 @@ def prepare_peers(model: nn.Module, total_steps: int) -> None:
     link_mabn(model)
 
 
-def restart_schedules(model: nn.Module) -> None:
+def has_peers(model: nn.Module) -> bool:
+    return any(isinstance(layer, PeerBatchNorm2d) for layer in model.modules())
+
+
+def restart_peers(model: nn.Module) -> None:
     """Start the schedules of a model's peer norms at step 0.
 
     A run that takes the weights of another run calls this once they are loaded; a resumed run does
@@ -66,4 +70,4 @@ def restart_schedules(model: nn.Module) -> None:
     """
     for layer in model.modules():
         if isinstance(layer, PeerBatchNorm2d):
-            layer.restart_schedule()
+            layer.restart()

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from refbn_d2.layers.peers import PEERS, link_cbn, link_mabn, peer_options, prepare_peers
+from refbn_d2.layers.peers import (
+    PEERS,
+    link_cbn,
+    link_mabn,
+    peer_options,
+    prepare_peers,
+    restart_peers,
+)
 from tests.versions import FLOAT16
 
 C_IN, C = 3, 6
@@ -70,6 +77,21 @@ def test_state_dict_round_trip_continues_the_run(net):
         assert torch.equal(other.state_dict()[key], value)
     if not hasattr(net[1], "past"):  # CBN fills its window again
         torch.testing.assert_close(other(batch(9)), net(batch(9)))
+
+
+def test_a_restarted_layer_trains_as_a_new_one_with_its_weights_and_statistics(net):
+    if type(net[1]) is PEERS["CBN"]:
+        net[1].burn_in = 0  # so that the first steps use the past
+    new = copy.deepcopy(net)
+    train(net)
+    forgotten = ("steps", "moments")  # MABN's windows
+    kept = {k: v for k, v in net.state_dict().items() if not k.endswith(forgotten)}
+    new.load_state_dict(kept, strict=False)
+    restart_peers(net)
+    assert net[1].steps == 0
+    train(new), train(net)
+    for key, value in new.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[key], value, msg=key)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
