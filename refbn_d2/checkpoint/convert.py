@@ -17,6 +17,7 @@ from torch import Tensor
 from refbn_d2.checkpoint.names import detectron2_to_torchvision, resnet_name
 from refbn_d2.checkpoint.prefixes import without_prefix
 from refbn_d2.checkpoint.resnets import (
+    RUN_STATE,
     SCALARS,
     VECTORS,
     ResNetSpec,
@@ -173,7 +174,7 @@ def convert_state(
 
     A ResNet gets the layout's names. A detector keeps Detectron2's names; in torchvision's layout,
     only its ResNet is returned. The file's order is kept. So is, to the last bit, every tensor that
-    `norm` does not change.
+    `norm` does not change. BRN, CBN and MABN become BN, without their state of a run.
 
     Args:
         to: "detectron2" or "torchvision".
@@ -210,7 +211,7 @@ def convert_state(
     state = {
         name if keeps_names else contents.resnet_names[name]: tensor
         for name, tensor in contents.tensors.items()
-        if name not in without
+        if name not in without and not _is_run_state(name)
     }
     if norm is not None:
         state = change_norms(state, norm, source)
@@ -245,9 +246,13 @@ def misfits(contents: Contents, to: str) -> tuple[list[str], list[str], list[str
             has_counterpart = resnet_names[name] in known
         else:
             has_counterpart = contents.is_detector and to == "detectron2"  # its heads stay
-        if not has_counterpart:
+        if not (has_counterpart or _is_run_state(name)):
             without.append(name)
     return wrong, missing, without
+
+
+def _is_run_state(name: str) -> bool:
+    return ".norm." in name and name.endswith(RUN_STATE)
 
 
 def change_norms(state: Mapping[str, Tensor], norm: str, source: str) -> dict[str, Tensor]:

@@ -8,12 +8,12 @@ from typing import Any
 
 from refbn_d2.checkpoint.convert import Contents, all_tensors, identify, misfits
 from refbn_d2.checkpoint.files import WRAPPERS, file_format, load_checkpoint
-from refbn_d2.checkpoint.resnets import SCALARS
+from refbn_d2.checkpoint.resnets import RUN_STATE, SCALARS
 from refbn_d2.utils.errors import CheckpointError, listing
 
 FORMATS = {"torch": "torch.save", "pickle": "pickle of arrays", "safetensors": "safetensors"}
 LAYOUTS = {"torchvision": "torchvision's (and timm's)", "detectron2": "Detectron2's"}
-_STATISTICS = ("running_mean", "running_var", "ref_mean", "ref_var", *SCALARS)
+_STATISTICS = ("running_mean", "running_var", "ref_mean", "ref_var", *SCALARS, *RUN_STATE)
 
 
 def describe(path: str | os.PathLike, key: str | None = None) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from refbn_d2.checkpoint.convert import norm_of
 from refbn_d2.checkpoint.names import backbone_prefix, resnet_name, to_detectron2
 from refbn_d2.checkpoint.prefixes import resnet_of, without_prefix
-from refbn_d2.checkpoint.resnets import ResNetSpec, recognize_unsupported
+from refbn_d2.checkpoint.resnets import RUN_STATE, SCALARS, ResNetSpec, recognize_unsupported
 from refbn_d2.checkpoint.tensors import check_weight
 from refbn_d2.utils.errors import CheckpointError, listing
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 # The share of the backbone's tensors that must fit: of the model's, and of the file's.
 MIN_BACKBONE_FILLED = 0.95
 # State that only some kinds of norm have: it may be missing or unexpected.
-_BOOKKEEPING = re.compile(r"(.*\.)?(num_batches_tracked|ref_mean|ref_var|ref_count)")
+_BOOKKEEPING = re.compile(rf"(.*\.)?({'|'.join((*SCALARS, 'ref_mean', 'ref_var', *RUN_STATE))})")
 # Tensors of old Detectron2 checkpoints, which now follow from the config; and a classifier.
 EXPENDABLE = re.compile(r"pixel_(mean|std)|.*anchor_generator\.cell_anchors\..*")
 _CLASSIFIER = re.compile(r"(backbone\.)?(bottom_up\.)?(stem\.)?(linear|fc)\.\w+")
@@ -48,10 +48,10 @@ def load_weights(
     """Load a state dict into `model` by names, and report what fits.
 
     Names may be torchvision's, timm's or Detectron2's, with or without the backbone's place
-    (`names.to_detectron2`) or another prefix (`prefixes.without_prefix`). BN, RefBN and FrozenBN
-    load into each other, RefIN only into itself. If the file has no reference, RefBN's starts from
-    the running statistics. Outside the backbone, tensors of another shape (a predictor for other
-    classes) are skipped with a warning. If an error is raised, the model is unchanged.
+    (`names.to_detectron2`) or another prefix (`prefixes.without_prefix`). BN, RefBN, FrozenBN and
+    the peers load into each other, RefIN only into itself. If the file has no reference, RefBN's
+    starts from the running statistics. Outside the backbone, tensors of another shape (a predictor
+    for other classes) are skipped with a warning. If an error is raised, the model is unchanged.
 
     Args:
         state: "model" of `load_checkpoint`'s result.

@@ -17,6 +17,8 @@ BLOCKS[152] = (3, 8, 36, 3)
 
 VECTORS = ("weight", "bias", "running_mean", "running_var", "ref_mean", "ref_var")
 SCALARS = ("num_batches_tracked", "ref_count")  # of a norm
+# What BRN, CBN and MABN keep for the rest of their run; evaluation does not need it.
+RUN_STATE = ("steps", "second_moments", "gradient_moments")
 
 Shape = tuple[int, ...]
 

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from refbn_d2.checkpoint import load_weights
+from refbn_d2.checkpoint.convert import convert_state, identify
 from refbn_d2.checkpoint.files import load_checkpoint
 from refbn_d2.engines.torchvision.modeling import build_model
 from refbn_d2.engines.torchvision.trainer import train
@@ -75,6 +77,32 @@ def test_detectron2_builds_and_trains_it(detectron2_cfg, name):
             losses = model([sample, sample])
             sum(losses.values()).backward()
     assert layers and all(torch.isfinite(loss) for loss in losses.values())
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_bn_starts_it_and_it_becomes_bn(tiny_cfg, name):
+    """Through `load_weights` and the converter. MABN drops BN's means, so it is compared back."""
+
+    def model(norm):
+        return build_model(with_norm(tiny_cfg.clone(), norm)).eval()
+
+    bn, peer, back, folded = model("BN"), model(name), model("BN"), model("FrozenBN")
+    for layer in bn.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(layer.running_mean, 0, 0.1)
+            torch.nn.init.uniform_(layer.running_var, 0.5, 2)
+    load_weights(peer, bn.state_dict(), "bn.pth")
+    load_weights(back, peer.state_dict(), "peer.pth")
+    contents = identify({"model": peer.state_dict()}, "peer.pth")
+    converted = convert_state(contents, "detectron2", "folded")
+    assert not [key for key in converted if key.endswith(("steps", "moments"))]
+    load_weights(folded, converted, "folded.pth")
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = (peer if name == "MABN" else bn).backbone.bottom_up(x)
+        for other in (peer, back, folded):
+            for key, value in other.backbone.bottom_up(x).items():
+                torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-3)
 
 
 STEPS = "backbone.bottom_up.stem.conv1.norm.steps"
