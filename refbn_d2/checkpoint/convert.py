@@ -211,7 +211,7 @@ def convert_state(
     state = {
         name if keeps_names else contents.resnet_names[name]: tensor
         for name, tensor in contents.tensors.items()
-        if name not in without and not _is_run_state(name)
+        if name not in without and not _is_run_state(contents.resnet_names.get(name, name))
     }
     if norm is not None:
         state = change_norms(state, norm, source)
@@ -243,15 +243,17 @@ def misfits(contents: Contents, to: str) -> tuple[list[str], list[str], list[str
     without = []
     for name in contents.tensors:
         if name in resnet_names:
-            has_counterpart = resnet_names[name] in known
+            own = resnet_names[name]
+            has_counterpart = own in known or _is_run_state(own)  # it is left out
         else:
             has_counterpart = contents.is_detector and to == "detectron2"  # its heads stay
-        if not (has_counterpart or _is_run_state(name)):
+        if not has_counterpart:
             without.append(name)
     return wrong, missing, without
 
 
 def _is_run_state(name: str) -> bool:
+    """Return whether Detectron2's `name` is that of a peer's state of its run."""
     return ".norm." in name and name.endswith(RUN_STATE)
 
 

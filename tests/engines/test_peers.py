@@ -7,6 +7,7 @@ import torch
 from refbn_d2.checkpoint import load_weights
 from refbn_d2.checkpoint.convert import convert_state, identify
 from refbn_d2.checkpoint.files import load_checkpoint
+from refbn_d2.checkpoint.names import detectron2_to_torchvision
 from refbn_d2.engines.torchvision.modeling import build_model
 from refbn_d2.engines.torchvision.trainer import train
 from refbn_d2.layers.peers import PEERS, LinkError
@@ -93,9 +94,16 @@ def test_bn_starts_it_and_it_becomes_bn(tiny_cfg, name):
             torch.nn.init.uniform_(layer.running_var, 0.5, 2)
     load_weights(peer, bn.state_dict(), "bn.pth")
     load_weights(back, peer.state_dict(), "peer.pth")
-    contents = identify({"model": peer.state_dict()}, "peer.pth")
-    converted = convert_state(contents, "detectron2", "folded")
-    assert not [key for key in converted if key.endswith(("steps", "moments"))]
+    state, place = peer.state_dict(), "backbone.bottom_up."
+    classifier = {
+        detectron2_to_torchvision(key.removeprefix(place)): tensor
+        for key, tensor in state.items()
+        if key.startswith(place)
+    }
+    for given in (classifier, state):
+        contents = identify({"model": given}, "peer.pth")
+        converted = convert_state(contents, "detectron2", "folded")
+        assert not [key for key in converted if key.endswith(("steps", "moments"))]
     load_weights(folded, converted, "folded.pth")
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():

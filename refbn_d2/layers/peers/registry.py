@@ -59,6 +59,7 @@ def prepare_peers(model: nn.Module, total_steps: int) -> None:
 
 
 def has_peers(model: nn.Module) -> bool:
+    """Return whether a layer of `model` is a peer norm."""
     return any(isinstance(layer, PeerBatchNorm2d) for layer in model.modules())
 
 
