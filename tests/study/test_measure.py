@@ -56,6 +56,7 @@ def test_a_second_program_in_the_folder_is_refused_by_one_line(coco, content, wr
 @pytest.mark.detectron2
 def test_a_study_on_detectron2(coco, content, written, tmp_path):
     """Both trainings and their evaluations run in Detectron2, and all metrics are there."""
+    pytest.importorskip("detectron2.engine", reason="Detectron2 is not installed")
     content["overrides"] |= {"SOLVER.MAX_ITER": 2, "SOLVER.IMS_PER_BATCH": 2,
                              "SOLVER.AMP.ENABLED": False}  # fmt: skip
     content["seeds"] = [1]
