@@ -45,9 +45,9 @@ class _Normalize(torch.autograd.Function):
             [False, True, True],
         )  # fmt: skip
         psi = gamma * r * dy_z / (x.numel() // len(chi2))
-        past = ctx.gradient_moments.index_select(0, slot)[0]  # stays if a GradScaler overflows
-        kept = torch.where(psi.to(past).isfinite(), psi.to(past), past)
-        ctx.gradient_moments.index_copy_(0, slot, kept[None])
+        past, new = ctx.gradient_moments[slot], psi.to(ctx.gradient_moments)[None]
+        kept = torch.where(new.isfinite(), new, past)  # a GradScaler's loss may overflow
+        ctx.gradient_moments.index_copy_(0, slot, kept)
         psi = torch.where(averages, ctx.gradient_moments.mean(0).to(psi), psi)
         dx = None
         if ctx.needs_input_grad[0]:
