@@ -1,5 +1,6 @@
 """Run a model in training mode, and restore its state afterwards."""
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,12 +14,15 @@ from refbn_d2.utils.random_state import seeded
 def untouched(model: nn.Module, seed: int) -> Iterator[None]:
     """Put the model in training mode without gradient; restore its state afterwards.
 
-    The state is the buffers, the plain numbers that modules keep (training flags, RetinaNet's loss
-    normalizer), also where they are None before, and the random generators. Inside, the generators
-    are seeded, so that every worker draws the same samples.
+    The state is the buffers, the numbers that modules keep (training flags, RetinaNet's loss
+    normalizer), also where they are None before, the deques (CBN's past batches), and the random
+    generators. Inside, the generators are seeded, so that every worker draws the same samples.
     """
     buffers = [(part := _written_once(buffer), part.clone()) for buffer in model.buffers()]
-    before = [(module, dict(vars(module))) for module in model.modules()]
+    before = [
+        (m, {k: v.copy() if isinstance(v, deque) else v for k, v in vars(m).items()})
+        for m in model.modules()
+    ]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with seeded(seed, devices), torch.no_grad():
         try:
@@ -28,17 +32,17 @@ def untouched(model: nn.Module, seed: int) -> Iterator[None]:
         finally:
             for module, values in before:
                 now = vars(module)
-                for name in [n for n in now if n not in values and _is_number(now[n])]:
+                for name in [n for n in now if n not in values and _is_restored(now[n])]:
                     delattr(module, name)
                 for name, value in values.items():
-                    if _is_number(value) or (value is None and _is_number(now.get(name))):
+                    if _is_restored(value) or (value is None and _is_restored(now.get(name))):
                         now[name] = value
             for buffer, value in buffers:
                 buffer.copy_(value)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)
+def _is_restored(value: object) -> bool:
+    return isinstance(value, int | float | deque)
 
 
 def _written_once(buffer: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections import deque
 
 import numpy as np
 import pytest
@@ -48,3 +49,19 @@ def test_a_number_that_a_forward_pass_sets_is_unset_again():
     with untouched(model, 0):
         model()
     assert model.steps is None and not hasattr(model, "more") and hasattr(model, "cached")
+
+
+def test_a_window_of_past_batches_stays_as_it_was():
+    class Window(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.past = deque([1, 2], maxlen=2)
+
+        def forward(self):
+            self.past.append(3)
+
+    model = Window()
+    with untouched(model, 0):
+        model()
+        assert list(model.past) == [2, 3]
+    assert list(model.past) == [1, 2] and model.past.maxlen == 2
