@@ -41,6 +41,7 @@ def describe(path: str | os.PathLike, key: str | None = None) -> str:
     wrong, missing, without = misfits(contents, contents.layout)
     rows += [
         ("model", _model(contents)),
+        ("trained with", _peer(contents)),
         ("layout", LAYOUTS[contents.layout]),
         ("wrong shape", listing(wrong, 8)),
         ("missing", listing(missing, 8)),
@@ -69,6 +70,14 @@ def _model(contents: Contents) -> str:
     if contents.classes is not None:
         return f"classifier, {what}, {contents.classes} classes"
     return f"backbone, {what}"
+
+
+def _peer(contents: Contents) -> str:
+    """Return the peer norm whose state of a run the ResNet holds; in eval mode it is BN."""
+    state = {name.rpartition(".")[2] for name in contents.resnet_names.values()}
+    if "second_moments" in state:
+        return "MABN"
+    return "BRN or CBN" if "steps" in state else ""
 
 
 def _beside_the_weights(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -5,6 +5,7 @@ import torchvision
 from refbn_d2.checkpoint.convert import convert_state, identify, pack
 from refbn_d2.checkpoint.files import save_checkpoint
 from refbn_d2.checkpoint.inspection import describe
+from refbn_d2.layers.peers import PEERS
 from refbn_d2.utils.errors import CheckpointError
 
 
@@ -72,6 +73,18 @@ def test_who_takes_a_backbone_of_detectron2s(resnet, norm, suffix, detectron2, t
     assert ("in Detectron2 and here" in text) == detectron2
     assert ("--to detectron2 --norm FrozenBN" in text) != detectron2
     assert f"{path} OUT.pth --to torchvision" in text and f"MODEL.RESNETS.NORM {norm}" in text
+
+
+@pytest.mark.parametrize(
+    "norm, name", [("BRN", "BRN or CBN"), ("CBN", "BRN or CBN"), ("MABN", "MABN")]
+)
+def test_a_peer_is_named_beside_bn(norm, name, tmp_path):
+    path = tmp_path / "a.pth"
+    model = torchvision.models.resnet18(num_classes=7, norm_layer=PEERS[norm])
+    save_checkpoint(model.state_dict(), path)
+    rows, _ = table(describe(path))
+    assert rows["model"] == "classifier, ResNet-18 with BN, 7 classes"
+    assert rows["trained with"] == name and "not part of it" not in rows
 
 
 def test_a_detector_with_its_training_state(resnet, tmp_path):
