@@ -20,7 +20,10 @@ from tests.trainers import Killed, assert_same, kill_at
 # ---- resumption
 
 
-@pytest.mark.parametrize("refresh", ["static", "full", "slice", "concat"])
+@pytest.mark.parametrize(
+    "refresh",
+    ["static", "concat", *(pytest.param(r, marks=pytest.mark.slow) for r in ("full", "slice"))],
+)
 def test_killed_and_resumed_equals_straight(cfg, tmp_path, monkeypatch, refresh):
     cfg.merge_from_list(["MODEL.REFBN.REFRESH", refresh, *ALL_AT_ONCE])
     run(cfg, "OUTPUT_DIR", str(tmp_path / "straight"))

@@ -148,7 +148,9 @@ def test_threads_and_gpus(tmp_path, monkeypatch):
     assert {e["OMP_NUM_THREADS"] for e in environments} == {"6"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_stopped_and_resumed(tmp_path, number):
     (tmp_path / "main.py").write_text(
         "import sys\nfrom pathlib import Path\nfrom test_job import jobs\n"

@@ -73,7 +73,11 @@ def wait_for(condition, process, seconds=120):
 
 @pytest.mark.parametrize(
     "number, workers, to_all",
-    [(signal.SIGINT, 1, False), (signal.SIGTERM, 2, False), (signal.SIGTERM, 1, True)],
+    [
+        (signal.SIGTERM, 2, False),
+        pytest.param(signal.SIGINT, 1, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 1, True, marks=pytest.mark.slow),
+    ],
 )
 def test_signal_writes_a_checkpoint_and_resume_goes_on(tiny_cfg, tmp_path, number, workers, to_all):
     """Some batch systems send SIGTERM to all processes, those that load data included."""
