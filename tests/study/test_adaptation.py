@@ -23,7 +23,7 @@ def test_a_study_without_finished_runs(coco, content, written, tmp_path):
     assert done.returncode == 1 and "no run that is done: run the study first" in done.stderr
 
 
-@pytest.mark.parametrize("flag", ["--images=0", "--prior-images=-1"])
+@pytest.mark.parametrize("flag", ["--images=0", "--images=-1", "--prior-images=-1"])
 def test_numbers_that_make_no_sense(flag, coco, content, written):
     done = run("refbn_d2.study.adaptation", "--study", written(content), flag)
     name, number = flag.split("=")
