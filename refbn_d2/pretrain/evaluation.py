@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from refbn_d2.pretrain.data.datasets import ImageSet
 from refbn_d2.pretrain.data.loaders import Unreadable, build_test_loader
-from refbn_d2.utils import distributed
+from refbn_d2.utils import distributed, precision
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 def autocast(cfg) -> torch.autocast:
     """Return the autocast context of SOLVER.AMP."""
     amp = cfg.SOLVER.AMP
-    return torch.autocast(cfg.MODEL.DEVICE, getattr(torch, amp.DTYPE), enabled=amp.ENABLED)
+    return precision.autocast(cfg.MODEL.DEVICE, getattr(torch, amp.DTYPE), amp.ENABLED)
 
 
 def build_normalize(cfg) -> Callable[[Tensor], Tensor]:

@@ -1,14 +1,20 @@
 """Build timm's loss, mixing, optimizer and learning rate schedule from SOLVER.* and INPUT.*."""
 
+import functools
+
+import torch
 from timm.data import Mixup
 from timm.loss import create_classification_loss
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, muon
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
+from refbn_d2.utils import precision
 from refbn_d2.utils.errors import ConfigError
+
+_newton_schulz = muon.zeropower_via_newtonschulz
 
 
 def is_mixed(cfg) -> bool:
@@ -63,6 +69,11 @@ def build_optimizer(cfg, model: nn.Module) -> Optimizer:
         ConfigError: timm has no such optimizer, or the optimizer does not take SOLVER.OPT_KWARGS.
     """
     solver = cfg.SOLVER
+    muon.zeropower_via_newtonschulz = (  # timm has no option for the dtype of Muon's iterations
+        functools.partial(_newton_schulz, dtype=torch.float32)
+        if precision.lacks_bfloat16(cfg.MODEL.DEVICE)
+        else _newton_schulz
+    )
     try:
         return create_optimizer_v2(
             model, solver.OPTIMIZER, solver.BASE_LR, solver.WEIGHT_DECAY, solver.MOMENTUM,

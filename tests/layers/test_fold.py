@@ -30,7 +30,7 @@ from tests.layers.helpers import (
 )
 def test_a_resnet_folds_whole(kind, seen, caplog):
     caplog.set_level(logging.INFO)
-    model, x = resnet(norm=kind), image(2, 3, 32, 32)
+    model, x = resnet(norm=kind).double(), image(2, 3, 32, 32).double()
     state = {name: t.clone() for name, t in model.state_dict().items()}
     expected = outputs(model, x)
     folded = fold(model, x if seen == "run" else None)

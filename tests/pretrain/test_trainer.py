@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.optim import muon
 
 from refbn_d2.checkpoint import load_checkpoint, save_checkpoint
 from refbn_d2.layers import refbn_layers
@@ -232,13 +233,24 @@ def test_channels_last(cfg):
         assert all(t.is_contiguous(memory_format=torch.channels_last) == on for t in tensors)
 
 
-def test_bfloat16(cfg):
-    one = trainer(cfg, "SOLVER.AMP.ENABLED", True)
-    dtypes = set()
+@pytest.mark.parametrize("lacks, dtype", [(False, torch.bfloat16), (True, torch.float32)])
+def test_bfloat16_where_the_device_has_it(cfg, monkeypatch, lacks, dtype):
+    """Forward passes and Muon's iterations."""
+    monkeypatch.setattr("refbn_d2.utils.precision.lacks_bfloat16", lambda device: lacks)
+    one = trainer(cfg, "SOLVER.AMP.ENABLED", True, "SOLVER.OPTIMIZER", "muon")
+    dtypes, iterations = set(), set()
     one.model.layer1[0].conv1.register_forward_hook(lambda m, args, out: dtypes.add(out.dtype))
+    newton_schulz = muon.zeropower_via_newtonschulz
+
+    def watch(*args, **options):
+        out = newton_schulz(*args, **options)
+        iterations.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", watch)
     one.step(0, next(iter(one.loader)))
     one.evaluate()
-    assert dtypes == {torch.bfloat16} and not one.scaler.is_enabled()
+    assert dtypes == iterations == {dtype} and not one.scaler.is_enabled()
 
 
 @pytest.mark.slow

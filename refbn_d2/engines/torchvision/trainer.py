@@ -32,7 +32,7 @@ from refbn_d2.reference.detection import image_rows
 from refbn_d2.reference.selection import is_landscape, select_reference
 from refbn_d2.training.loop import TrainingLoop
 from refbn_d2.training.output_dir import last_checkpoint
-from refbn_d2.utils import distributed
+from refbn_d2.utils import distributed, precision
 from refbn_d2.utils.errors import ConfigError, DivergedError
 from refbn_d2.utils.random_state import seed_everything, seed_of_run
 from refbn_d2.utils.torch_compat import grad_scaler
@@ -123,7 +123,7 @@ class Trainer(TrainingLoop):
         self.clip_gradients = gradient_clipper(cfg)
         device, amp = cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED
         half = torch.float16 if device == "cuda" else torch.bfloat16
-        self.autocast = torch.autocast(device, half, enabled=amp)
+        self.autocast = precision.autocast(device, half, amp)
         loader = build_train_loader(
             cfg, data.dicts, start, distributed.rank(), distributed.world_size(), seed
         )
