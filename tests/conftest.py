@@ -1,6 +1,9 @@
+import os
 import socket
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads: small tensors, many processes
 
 QUICKSTART = "configs/quickstart/mask_rcnn_R_18_FPN_refbn.yaml"
 
