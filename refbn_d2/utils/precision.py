@@ -17,8 +17,9 @@ def lacks_bfloat16(device: str) -> bool:
     """
     if device != "cpu":
         return False
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return supported is None or not supported()
+    if hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"):  # not in torch 2.0
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "AVX512" not in torch.__config__.show()
 
 
 def autocast(device: str, dtype: torch.dtype, enabled: bool) -> torch.autocast:

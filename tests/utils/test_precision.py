@@ -1,5 +1,7 @@
 """Mixed precision where the device has fast bfloat16, and float32 where it has not."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,7 +10,8 @@ from refbn_d2.utils import precision
 
 @pytest.fixture(params=[True, False])
 def has_bfloat16(request, monkeypatch):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: request.param)
+    mkldnn = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: request.param)
+    monkeypatch.setattr(torch.ops, "mkldnn", mkldnn)
     precision.lacks_bfloat16.cache_clear()
     precision._warn_once.cache_clear()
     yield request.param
@@ -37,6 +40,9 @@ def test_gpus_have_it(has_bfloat16):
     assert not precision.lacks_bfloat16("cuda")
 
 
-def test_a_torch_built_without_mkldnn_lacks_it(monkeypatch):
-    monkeypatch.setattr(torch.ops, "mkldnn", object())
-    assert precision.lacks_bfloat16.__wrapped__("cpu")
+@pytest.mark.parametrize("capability, lacks", [("AVX2", True), ("AVX512", False)])
+def test_a_torch_that_does_not_tell_is_asked_for_avx512(monkeypatch, capability, lacks):
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    text = f"PyTorch built with:\n  - CPU capability usage: {capability}\n"
+    monkeypatch.setattr(torch.__config__, "show", lambda: text)
+    assert precision.lacks_bfloat16.__wrapped__("cpu") == lacks
