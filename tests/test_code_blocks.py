@@ -133,7 +133,7 @@ def check_pytest(env: dict[str, str], argv: list[str]) -> None:
     """Markers are declared."""
     options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     markers = [marker.split(":")[0] for marker in options["markers"]]
-    assert argv[1:] in [[], *(["-m", marker] for marker in markers)]
+    assert argv[1:] in [[], ["-n", "auto"], *(["-m", marker] for marker in markers)]
 
 
 CHECKS = {"python": check_python, "python3": check_python, "pip": check_pip, "pytest": check_pytest}
