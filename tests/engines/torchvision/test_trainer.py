@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from refbn_d2.checkpoint.files import load_checkpoint
 from refbn_d2.engines.torchvision.trainer import Trainer
@@ -69,6 +70,26 @@ def test_random_numbers_differ_by_seed(tiny_cfg, tmp_path):
         samples = losses.setdefault("samples", next(iter(trainer.loader)))
         losses[seed] = trainer.step(0, samples)[1]["loss_rpn_cls"]
     assert losses[3] != losses[4]
+
+
+@pytest.mark.parametrize("lacks, dtype", [(False, torch.bfloat16), (True, torch.float32)])
+def test_bfloat16_where_the_device_has_it(tiny_cfg, monkeypatch, lacks, dtype):
+    """In the capture of the reference batch and in a training step."""
+    monkeypatch.setattr("refbn_d2.utils.precision.lacks_bfloat16", lambda device: lacks)
+    dtypes = []
+    conv = torch.nn.functional.conv2d
+
+    def watch(*args, **options):
+        out = conv(*args, **options)
+        dtypes.append(out.dtype)
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", watch)
+    tiny_cfg.SOLVER.AMP.ENABLED = True
+    trainer = Trainer(tiny_cfg, Path(tiny_cfg.OUTPUT_DIR))
+    captured = len(dtypes)
+    trainer.step(0, next(iter(trainer.loader)))
+    assert 0 < captured < len(dtypes) and set(dtypes) == {dtype}
 
 
 def test_resume_without_an_earlier_run_starts_anew(tiny_cfg):
