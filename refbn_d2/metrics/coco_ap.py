@@ -224,7 +224,7 @@ def to_coco_results(
         )
     ]
     if "pred_masks" in prediction and results:
-        masks = prediction["pred_masks"].cpu().numpy().astype(np.uint8).transpose(1, 2, 0)
+        masks = prediction["pred_masks"].cpu().numpy().view(np.uint8).transpose(1, 2, 0)
         for result, rle in zip(
             results, pycocotools.mask.encode(np.asfortranarray(masks)), strict=True
         ):

@@ -65,7 +65,8 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor
     Returns:
         (D, height, width) bool; False outside the box.
     """
-    pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
+    # Columns first, as COCO's run-length encoder wants them.
+    pasted = torch.zeros(len(masks), width, height, dtype=torch.bool, device=masks.device).mT
     if not len(masks):
         return pasted
     # On the CPU masks are sampled one by one, each only in the pixels of its box.
