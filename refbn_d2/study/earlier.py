@@ -50,6 +50,8 @@ def earlier_results(file: Path, plan: Plan, same_code: str = "") -> Mapping[Run,
     for row in rows:
         if row.seed is not None:
             runs.setdefault((row.norm, row.condition, row.seed), []).append(row)
+    lost = ("failed", "not run")
+    runs = {run: own for run, own in runs.items() if not any(r.status in lost for r in own)}
     for norm, condition, seed in runs:
         known = condition in study.conditions and norm in study.conditions[condition].norms
         if not known or seed not in study.seeds:
@@ -57,8 +59,6 @@ def earlier_results(file: Path, plan: Plan, same_code: str = "") -> Mapping[Run,
                 f"{file} has the run norm={norm},seed={seed},condition={condition}, which "
                 f"{study.file} does not have"
             )
-    lost = ("failed", "not run")
-    runs = {run: own for run, own in runs.items() if not any(r.status in lost for r in own)}
     if about.settings:
         _check_settings(yaml, about.settings, runs, plan)
     else:

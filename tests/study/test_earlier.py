@@ -68,6 +68,12 @@ def test_results_of_other_code_need_its_name(plan, tmp_path):
     assert list(earlier_results(file, plan, "0123456789abcdef")) == [("BN", "two iid", 1)]
 
 
+def test_a_norm_that_was_not_run_may_have_left_the_study(plan, tmp_path):
+    gone = Row(**vars(DONE) | {"norm": "CBN", "value": math.nan, "status": "not run"})
+    file = results(tmp_path, [DONE, gone], code_hash())
+    assert list(earlier_results(file, plan)) == [("BN", "two iid", 1)]
+
+
 @pytest.mark.parametrize("change", [{"norm": "CBN"}, {"seed": 3}, {"condition": "one"}])
 def test_a_run_that_the_study_does_not_have(plan, tmp_path, change):
     row = Row(**vars(DONE) | change)
