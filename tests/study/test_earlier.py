@@ -213,7 +213,7 @@ def test_results_are_written_whatever_the_timing_does(call, plan_of, tmp_path, m
     assert [row.value for row in read_csv(tmp_path / "out/results.csv")] == [20.0, 20.0, 20.0, 0.5]
 
 
-def test_one_run_again_leaves_what_was_timed(call, plan_of, tmp_path, monkeypatch):
+def test_one_run_again_leaves_what_was_timed(call, content, tmp_path, monkeypatch):
     file, timing = results(tmp_path, [DONE], code_hash()), {"timing": {"rounds": 1}}
     monkeypatch.setattr("refbn_d2.study.timing._one", lambda plan, job, gpus: (0.5, 0.0))
     call(have=file, **timing)
@@ -221,7 +221,8 @@ def test_one_run_again_leaves_what_was_timed(call, plan_of, tmp_path, monkeypatc
     assert [(r.metric, r.value) for r in costs] == [("seconds a step", 0.5), ("time ratio", 1)] * 2
     call(have=file, only="norm=BN,seed=1", **timing)
     assert [r for r in read_csv(tmp_path / "out/results.csv") if r.seed is None] == costs
-    call(have=file, only="norm=BN,seed=1", overrides={"SOLVER.BASE_LR": 0.3}, **timing)
+    overrides = content["overrides"] | {"SOLVER.BASE_LR": 0.3}
+    call(have=file, only="norm=BN,seed=1", overrides=overrides, **timing)
     assert not [r for r in read_csv(tmp_path / "out/results.csv") if r.seed is None]
 
 

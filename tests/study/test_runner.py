@@ -17,8 +17,6 @@ from refbn_d2.utils.lock import locked
 
 FAKE = """
 import pathlib, signal, sys, time
-from refbn_d2.utils.arguments import run_or_exit
-from refbn_d2.utils.errors import DivergedError
 what, folder = sys.argv[-2], pathlib.Path(sys.argv[-1])
 with open(folder / "said", "a") as file:
     file.write(" ".join(sys.argv[1:-1]) + "\\n")
@@ -29,7 +27,9 @@ signal.signal(signal.SIGTERM, stop)
 if what == "slow" and "--resume" not in sys.argv:
     (folder / "started").touch()
     time.sleep(60)
-if what == "diverge":
+if what == "diverge":  # the imports take seconds
+    from refbn_d2.utils.arguments import run_or_exit
+    from refbn_d2.utils.errors import DivergedError
     def diverge(args):
         raise DivergedError("Training diverged at iteration 3: the loss is infinite or NaN")
     run_or_exit(diverge, None)
