@@ -13,7 +13,8 @@ from refbn_d2.data.samplers import start_worker
 def load(ready):
     start_worker(0)
     ready.set()
-    time.sleep(60)
+    for _ in range(600):  # one long sleep misses a signal that comes just before it
+        time.sleep(0.1)
 
 
 def start():

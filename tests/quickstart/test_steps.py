@@ -135,7 +135,7 @@ def test_stopped_from_outside(tmp_path, script, stop, code, to_all, before):
         "import signal, time\nfrom pathlib import Path\ndef end(*_): Path(sys.argv[0] + '.saved')"
         ".write_text(''); sys.exit(1)\nsignal.signal(signal.SIGTERM, end)\n"
         "signal.signal(signal.SIGINT, end)\nPath(sys.argv[0] + '.up').write_text('')\n"
-        "time.sleep(60)"
+        "for _ in range(600): time.sleep(0.1)"  # one long sleep misses a signal just before it
     )
     step = script("training", waits)
     code_of_parent = (

@@ -26,7 +26,8 @@ def stop(number, frame):
 signal.signal(signal.SIGTERM, stop)
 if what == "slow" and "--resume" not in sys.argv:
     (folder / "started").touch()
-    time.sleep(60)
+    for _ in range(600):  # one long sleep misses a signal that comes just before it
+        time.sleep(0.1)
 if what == "diverge":  # the imports take seconds
     from refbn_d2.utils.arguments import run_or_exit
     from refbn_d2.utils.errors import DivergedError

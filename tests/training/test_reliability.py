@@ -31,7 +31,8 @@ try:
         write_text(out / "last_checkpoint", "model.pth")
         if step == 10 and (out.parent / "pause").exists():
             (out.parent / "pause").rename(out.parent / "paused")
-            time.sleep(60)
+            for _ in range(600):  # one long sleep misses a signal that comes just before it
+                time.sleep(0.1)
 except KeyboardInterrupt:
     if fault == "is cut off":
         (out / "model.pth").write_bytes((out / "model.pth").read_bytes()[:100])

@@ -53,7 +53,8 @@ import argparse, atexit, sys, time
 from refbn_d2.utils.arguments import run_or_exit
 def wait(*_):
     print("up", flush=True)
-    time.sleep(30)
+    for _ in range(300):  # one long sleep misses a signal that comes just before it
+        time.sleep(0.1)
 if sys.argv[1] == "ending":
     atexit.register(wait)
 run_or_exit(wait if sys.argv[1] == "running" else print, argparse.Namespace())

@@ -17,7 +17,8 @@ import sys, time
 from refbn_d2.utils.lock import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
-    time.sleep(60)
+    for _ in range(600):  # one long sleep misses a signal that comes just before it
+        time.sleep(0.1)
 """
 
 
