@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from tqdm import tqdm
 
 from refbn_d2.study.bootstrap import bootstrap
 from refbn_d2.study.data import DetectionSets
@@ -140,7 +141,7 @@ def rows_of(plan: Plan, earlier: Mapping[Run, list[Row]]) -> Iterable[Row]:
         ConfigError: a run in the folder was made by another version of the study or of the code.
     """
     study = plan.study
-    for job in plan.runs:
+    for job in tqdm(plan.runs, "measuring", unit="run", disable=None, leave=False):
         record = Record(job)
         if _is_earlier(record, earlier):
             yield from earlier[job.run]
