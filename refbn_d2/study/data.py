@@ -90,6 +90,13 @@ class DetectionSets(Sets):
                     raise ConfigError(
                         f"study file {self.study.file}, DATASETS.{key}: {error.args[0]}"
                     ) from None
+        for name in self.study.data.register:
+            if name not in [dataset.name for dataset in found.values()]:
+                raise ConfigError(
+                    f"study file {self.study.file}, data.register.{name}: the study does not use "
+                    f"it; name it in DATASETS.TRAIN or TEST (now {found['train'].name} and "
+                    f"{found['test'].name}), or remove it"
+                )
         return found
 
     def _derived(self, name: str, images: Path | None = None) -> catalog.Dataset:

@@ -88,7 +88,8 @@ def all_tables(rows: Sequence[Row], baseline: str) -> list[Table]:
 def markdown(rows: Sequence[Row], about: About, level: int = 2) -> str:
     """Return a study's section of docs/results.md."""
     sharp = "#" * level
-    parts = [f"{sharp} {about.title}", about.text.strip()]
+    name = "" if about.title == about.study else f", `{about.study}`"
+    parts = [f"{sharp} {about.title}{name}", about.text.strip()]
     if about.command:
         parts.append(f"Made by `{about.command}`. Each row of the CSV has its own command.")
     rows, waiting = _begun(rows)

@@ -54,6 +54,12 @@ def test_a_domain_held_out(coco, content, written, tmp_path):
         sets.make(["nigth"])
 
 
+def test_a_set_that_is_registered_in_vain(content, written, tmp_path):
+    content["overrides"] |= {"DATASETS.TRAIN": ["shapes_train"], "DATASETS.TEST": ["shapes_val"]}
+    with pytest.raises(ConfigError, match=r"data\.register\.mine: .* DATASETS\.TRAIN .*shapes_train"):
+        detection(content, written, tmp_path / "out").make([None])
+
+
 def test_tuning_leaves_the_test_set_alone(coco, content, written, tmp_path):
     sets = detection(content, written, tmp_path / "out", tuning=0.25, train_images=6)
     sets.make([None])

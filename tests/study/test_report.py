@@ -33,7 +33,7 @@ def rows():
 
 def test_markdown(rows):
     page = markdown(rows, ABOUT)
-    assert page.startswith("## A <study>\n\nOf a test.")
+    assert page.startswith("## A <study>, `s`\n\nOf a test.")
     assert "| GN | 22.0 ± 0.00 (n 3) |" in page and "| CBN | 1 diverged |" in page
     assert "| GN | +1.53 [" in page and "Holm" in page and "AP~fog" not in page
     assert "| BN | 0.50 |" in page and "night" not in page
@@ -78,7 +78,7 @@ def test_the_command(rows, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.md").read_text()
-    assert "## Title beside the rows" in page and "| GN | 22.0 ± 0.00 (n 3) |" in page
+    assert "## Title beside the rows, `s`\n" in page and "| GN | 22.0 ± 0.00 (n 3) |" in page
 
 
 def test_files_that_cannot_be(rows, tmp_path):
