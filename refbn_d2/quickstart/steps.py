@@ -20,7 +20,7 @@ from typing import Any
 import jinja2
 
 from refbn_d2.utils.errors import ConfigError, DataError
-from refbn_d2.utils.file_io import write_text
+from refbn_d2.utils.file_io import read_metrics, write_text
 from refbn_d2.utils.lock import locked
 from refbn_d2.visualization.curves import compare_curves
 from refbn_d2.visualization.intervals import plot_intervals
@@ -304,8 +304,8 @@ def write_report(folder: Path, todo: list[Step], record: Record) -> Path:
 def _last(metrics_json: Path) -> dict[str, float]:
     """Return the last value of every metric that a run logged, with "_" for "/" in the names."""
     values: dict[str, float] = {}
-    for line in metrics_json.read_text().splitlines():
-        values |= json.loads(line)
+    for record in read_metrics(metrics_json):
+        values |= record
     return {name.replace("/", "_"): value for name, value in values.items()}
 
 

@@ -54,7 +54,7 @@ from refbn_d2.utils.arguments import run_or_exit
 from refbn_d2.utils.config_files import find_config_file
 from refbn_d2.utils.device import resolve_device
 from refbn_d2.utils.errors import ConfigError
-from refbn_d2.utils.file_io import write_text
+from refbn_d2.utils.file_io import read_record, write_text
 from refbn_d2.utils.lock import locked
 
 SAME = "same camera"
@@ -142,6 +142,11 @@ class Adaptation:
         only = f"norm={job.norm},seed={job.seed},condition={job.condition}"
         command = _command(self.plan.study, self.images, self.priors, "--only", only)
         for target in self._targets():
+            if missing := [m for m in self.metrics if self._metric(m, target) not in self.measured]:
+                raise ConfigError(
+                    f"{job.id} has no {self._metric(missing[0], target)}: the adaptation needs "
+                    "`evaluate: {domains: true}` and test pictures of the domain that is held out"
+                )
             before = {m: self.measured[self._metric(m, target)] for m in self.metrics}
             found = [(job.norm, m, value, n) for m, (value, n, _) in before.items()]
             for prior, after in self._after(target).items():
@@ -169,7 +174,8 @@ class Adaptation:
         head = {"images": self.images, "priors": list(self.priors), "recipe": self.job.recipe}
         name = "_".join(map(slug, (self.job.norm, self.job.condition, target)))
         file = self.folder / f"{name}_{self.job.seed}.json"
-        if file.exists() and (known := json.loads(file.read_text()))["of"] == head:
+        known = read_record(file, dict, "delete it") if file.exists() else {}
+        if known.get("of") == head:
             return {int(prior): values for prior, values in known["after"].items()}
         after = {}
         with tempfile.TemporaryDirectory() as temporary:

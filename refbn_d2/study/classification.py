@@ -33,7 +33,7 @@ def evaluate(args: argparse.Namespace) -> None:
     output_dir = Path(cfg.OUTPUT_DIR)
     found: dict[str, dict] = {}
     output_dir.mkdir(parents=True, exist_ok=True)
-    for label, folder in json.loads(args.sets).items():
+    for label, folder in args.sets.items():
         images = ImageSet(Path(folder))
         model = build_model(cfg, images.num_classes).to(cfg.MODEL.DEVICE)
         state = load_checkpoint(cfg.MODEL.WEIGHTS)["model"]
@@ -71,11 +71,22 @@ def by_domain(model: nn.Module, evaluator: Evaluator, images: ImageSet) -> dict[
     }
 
 
+def _sets(text: str) -> dict[str, str]:
+    try:
+        sets = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(sets, dict) or not all(isinstance(folder, str) for folder in sets.values()):
+        raise argparse.ArgumentTypeError(f'{text!r} must be {{"label": "folder"}}')
+    return sets
+
+
 def main() -> None:
     p = default_argument_parser(__doc__)
     p.add_argument(
-        "--sets", required=True, metavar="JSON", help="{label: folder of class folders}, as JSON"
-    )
+        "--sets", required=True, type=_sets, metavar="JSON",
+        help="{label: folder of class folders}, as JSON",
+    )  # fmt: skip
     run_or_exit(evaluate, p.parse_args())
 
 

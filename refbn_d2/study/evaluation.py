@@ -12,11 +12,10 @@ Metrics:
 All values but steps and losses are in percent.
 """
 
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from refbn_d2.study.data import ClassificationSets, DetectionSets
 from refbn_d2.study.plan import Job
 from refbn_d2.study.spec import Evaluate, Study
 from refbn_d2.utils.errors import DataError
+from refbn_d2.utils.file_io import read_metrics, read_record
 
 _IOU = {"AP": None, "AP50": 0.5, "AP75": 0.75}
 
@@ -88,11 +88,9 @@ def _steps(evaluate: Evaluate, curves: dict) -> dict[str, Measured]:
 def read_curves(metrics_json: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return {name: (steps done, values)} of a metrics.json; the last line of a step counts."""
     points: dict[str, dict[int, float]] = defaultdict(dict)
-    lines = metrics_json.read_text().splitlines()
-    for line in lines:
-        record = json.loads(line)
+    for record in read_metrics(metrics_json):
         for name, value in record.items():
-            if name != "iteration" and isinstance(value, int | float):
+            if name != "iteration" and isinstance(value, int | float) and "iteration" in record:
                 points[name][record["iteration"] + 1] = value
     return {
         name: (np.array(sorted(p)), np.array([p[step] for step in sorted(p)], float))
@@ -129,7 +127,7 @@ def _by_task(evaluate: Evaluate) -> dict[str, list[str]]:
 
 def clean_matches(sets: DetectionSets, job: Job, task: str) -> Matches:
     """Return the matches of a run's detections on the whole test set."""
-    results = _read(job.folder / "inference" / "coco_instances_results.json")
+    results = _read(job.folder / "inference" / "coco_instances_results.json", list)
     truth = truth_file(job.folder, sets.test.name, sets.test.json_file)
     return match_images(truth, results, task, job.tags["max_dets"])
 
@@ -146,7 +144,7 @@ def _corrupted(sets: DetectionSets, job: Job, task: str, clean: Matches) -> dict
     for label, dataset in sets.corrupted.items():
         folder = job.folder / "corrupted" / "inference"
         folder = folder / dataset.name if len(sets.corrupted) > 1 else folder
-        results = _read(folder / "coco_instances_results.json")
+        results = _read(folder / "coco_instances_results.json", list)
         truth = truth_file(job.folder / "corrupted", dataset.name, dataset.json_file)
         matches = match_images(truth, results, task, job.tags["max_dets"])
         name, severity = label.split("/")
@@ -171,7 +169,7 @@ def _classification(
     measured = {name: Measured(float(values[name]), images) for name in evaluate.metrics}
     if not (evaluate.domains or evaluate.corruptions):
         return measured
-    others = _read(job.folder / "others" / "results.json")
+    others = _read(job.folder / "others" / "results.json", dict)
     by_name: dict[str, dict[int, float]] = defaultdict(dict)
     for label, found in others.items():
         n = found["images"]
@@ -190,7 +188,7 @@ def _classification(
     return measured
 
 
-def _read(path: Path):
+def _read(path: Path, kind: type) -> Any:
     if not path.is_file():
         raise DataError(f"{path} is missing, although its run is done; delete the run's folder")
-    return json.loads(path.read_text())
+    return read_record(path, kind, "delete the run's folder")

@@ -27,7 +27,7 @@ from refbn_d2.study.spec import Study, load_study
 from refbn_d2.study.tables import table_of
 from refbn_d2.study.timing import Costs, known_costs, measure_timing
 from refbn_d2.utils.errors import ConfigError
-from refbn_d2.utils.file_io import write_text
+from refbn_d2.utils.file_io import read_record, write_text
 from refbn_d2.utils.lock import locked
 from refbn_d2.visualization.curves import compare_curves
 from refbn_d2.visualization.intervals import plot_intervals
@@ -99,8 +99,8 @@ def check_study(study: Study, folder: Path) -> None:
         ConfigError: it holds another study.
     """
     path = folder / "study.json"
-    before = json.loads(path.read_text())["study"] if path.exists() else study.name
-    if before != study.name:
+    before = read_record(path, dict, "delete it").get("study") if path.exists() else None
+    if before not in (None, study.name):
         raise ConfigError(
             f"{folder} holds the study {before!r}, not {study.name!r}; give another --output-dir"
         )

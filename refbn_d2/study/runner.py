@@ -16,8 +16,8 @@ from typing import IO, Any
 
 from refbn_d2.study.fingerprint import code_hash
 from refbn_d2.study.plan import Job
-from refbn_d2.utils.errors import ConfigError, DataError, DivergedError
-from refbn_d2.utils.file_io import naming, write_text
+from refbn_d2.utils.errors import ConfigError, DivergedError
+from refbn_d2.utils.file_io import naming, read_record, write_text
 from refbn_d2.utils.lock import check_free
 
 POLL = 0.1  # seconds between two checks of the processes
@@ -40,10 +40,7 @@ class Record:
             "error": "",
         }
         if self.path.exists():
-            try:
-                self.content |= json.loads(self.path.read_text())
-            except ValueError as error:
-                raise DataError(f"{self.path} is broken ({error}); delete {job.folder}") from error
+            self.content |= read_record(self.path, dict, f"delete {job.folder}")
 
     @property
     def status(self) -> str:

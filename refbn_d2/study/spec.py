@@ -202,6 +202,11 @@ class _Reader:
             raise self.error(where, f"{value!r} is unknown{closest(value, known)}")
         return value
 
+    def choices(self, value: Any, where: str, known: Iterable[str]) -> tuple[str, ...]:
+        if not isinstance(value, list):
+            raise self.error(where, f"is {value!r}; write a list: [{value}]")
+        return tuple(self.choice(str(name), where, known) for name in value)
+
     def config(self, value: Any, where: str) -> Path:
         if not isinstance(value, str):
             raise self.error(where, f"is {value!r}; name a config file, relative to the study file")
@@ -258,16 +263,14 @@ class _Reader:
             where = f"conditions.{name}"
             keys = ("overrides", "norms", "pretrained", "hold_out", "text")
             section = self.section(section, where, keys)
-            chosen = [str(norm) for norm in section.get("norms") or norms]
-            for norm in chosen:
-                self.choice(norm, f"{where}.norms", norms)
+            chosen = self.choices(section.get("norms") or list(norms), f"{where}.norms", norms)
             pretrained = section.get("pretrained", True)
             if not isinstance(pretrained, bool):
                 raise self.error(f"{where}.pretrained", f"is {pretrained!r}; write true or false")
             hold_out = section.get("hold_out")
             conditions[name] = Condition(
                 name, self.overrides(section.get("overrides"), f"{where}.overrides"),
-                tuple(chosen), pretrained, None if hold_out is None else str(hold_out),
+                chosen, pretrained, None if hold_out is None else str(hold_out),
                 str(section.get("text") or ""),
             )  # fmt: skip
         return conditions
@@ -279,6 +282,8 @@ class _Reader:
             raise self.error(
                 "data.register", "is only for task: detection; set DATASETS.ROOT instead"
             )
+        if not isinstance(register, Mapping):
+            raise self.error("data.register", f"is {register!r}; write `name: [json, images]`")
         entries = {}
         for name, files in register.items():
             if not (isinstance(files, list) and len(files) == 2 and all(map(str, files))):
@@ -302,9 +307,8 @@ class _Reader:
 
     def evaluate(self, value: Any, task: str) -> Evaluate:
         section = self.section(value, "evaluate", ("metrics", "domains", "corruptions", "steps_to"))
-        metrics = section.get("metrics") or _DEFAULT_METRICS[task]
-        for metric in metrics:
-            self.choice(metric, "evaluate.metrics", METRICS[task])
+        metrics = section.get("metrics") or list(_DEFAULT_METRICS[task])
+        metrics = self.choices(metrics, "evaluate.metrics", METRICS[task])
         domains = section.get("domains", False)
         if not isinstance(domains, bool):
             raise self.error("evaluate.domains", f"is {domains!r}; write true or false")
@@ -316,7 +320,7 @@ class _Reader:
             if not all(isinstance(t, int | float) for t in targets):
                 raise self.error(f"evaluate.steps_to.{curve}", f"is {targets!r}; write numbers")
             steps_to[curve] = tuple(map(float, targets))
-        return Evaluate(tuple(metrics), domains, names, severities, images, steps_to)
+        return Evaluate(metrics, domains, names, severities, images, steps_to)
 
     def section_of_targets(self, value: Any) -> dict:
         if not isinstance(value, Mapping | None):
@@ -330,23 +334,24 @@ class _Reader:
         section = self.section(value, where, ("names", "severities", "images"))
         names = section.get("names", "subset")
         if isinstance(names, str):
-            names = {"subset": SUBSET, "full": CORRUPTIONS}.get(names, (names,))
-        for name in names:
-            self.choice(name, f"{where}.names", ("subset", "full", *CORRUPTIONS))
+            self.choice(names, f"{where}.names", ("subset", "full", *CORRUPTIONS))
+            names = list({"subset": SUBSET, "full": CORRUPTIONS}.get(names, (names,)))
+        names = self.choices(names, f"{where}.names", CORRUPTIONS)
         severities = section.get("severities", list(SEVERITIES))
-        if not isinstance(severities, list) or not set(severities) <= set(SEVERITIES):
+        if not isinstance(severities, list) or not all(
+            type(severity) is int and severity in SEVERITIES for severity in severities
+        ):
             raise self.error(f"{where}.severities", f"is {severities!r}; allowed: some of 1 to 5")
-        return tuple(names), tuple(severities), self.count(section, where, "images")
+        return names, tuple(severities), self.count(section, where, "images")
 
     def timing(
         self, value: Any, conditions: Mapping, norms: Mapping[str, Norm], baseline: str
     ) -> Timing:
         section = self.section(value, "timing", Timing.__dataclass_fields__)
-        chosen = [str(name) for name in section.get("conditions") or list(conditions)[:1]]
-        for name in chosen:
-            self.choice(name, "timing.conditions", conditions)
+        chosen = section.get("conditions") or list(conditions)[:1]
+        chosen = self.choices(chosen, "timing.conditions", conditions)
         return Timing(
             self.count(section, "timing", "rounds", 3 if value else 0),
-            self.count(section, "timing", "steps", 40, least=20), tuple(chosen),
+            self.count(section, "timing", "steps", 40, least=20), chosen,
             self.choice(str(section.get("baseline") or baseline), "timing.baseline", norms),
         )  # fmt: skip

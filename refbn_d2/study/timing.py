@@ -20,7 +20,7 @@ from refbn_d2.study.data import DetectionSets
 from refbn_d2.study.evaluation import read_curves
 from refbn_d2.study.plan import Job, Plan, Stage, digest, words
 from refbn_d2.study.runner import say
-from refbn_d2.utils.file_io import write_text
+from refbn_d2.utils.file_io import read_record, write_text
 
 SECONDS, RATIO, MEMORY = "seconds a step", "time ratio", "peak memory (MB)"
 _MAX_MEM = re.compile(r"max_mem: (\d+)M")
@@ -53,7 +53,7 @@ def known_costs(plan: Plan) -> Costs:
     timing, found = plan.study.timing, {}
     for condition in timing.conditions if timing.rounds else ():
         _, path, recipe = _cost_record(plan, condition)
-        before = json.loads(path.read_text()) if path.exists() else {}
+        before = read_record(path, dict, "delete it") if path.exists() else {}
         if before.get("recipe") == recipe:
             found[condition] = before["values"]
     return found

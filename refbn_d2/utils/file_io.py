@@ -1,10 +1,13 @@
-"""Write files that appear whole or not at all."""
+"""Write files that appear whole or not at all, and read the JSON among them."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from refbn_d2.utils.errors import DataError
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
@@ -16,6 +19,46 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write `text` to `path` in UTF-8, as `write_bytes` does."""
     write_bytes(path, text.encode())
+
+
+def read_record(path: Path, kind: type, remedy: str) -> Any:
+    """Return what a run's JSON file holds.
+
+    Args:
+        kind: dict or list, what it must hold.
+        remedy: what to do if it does not, for the error: "delete it".
+
+    Raises:
+        DataError: it is not JSON, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is broken ({error}); {remedy}") from error
+    if not isinstance(content, kind):
+        raise DataError(f"{path} is broken (it holds no {kind.__name__}); {remedy}")
+    return content
+
+
+def read_metrics(metrics_json: Path) -> Iterator[dict[str, Any]]:
+    """Yield {name: value} for each line of a metrics.json; an unfinished last line is left out.
+
+    Raises:
+        DataError: a line is not JSON, or holds something else.
+    """
+    lines = metrics_json.read_bytes().splitlines()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{metrics_json}, line {number} is not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{metrics_json}, line {number} is {record!r}, not a dict of metrics.")
+        yield record
 
 
 def remove_unfinished(folder: str | os.PathLike) -> None:

@@ -1,6 +1,5 @@
 """Draw curves of a run's metrics.json."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from refbn_d2.utils.errors import DataError
+from refbn_d2.utils.file_io import read_metrics
 from refbn_d2.visualization.style import COLORS, FAINT, INK, save_figure
 
 _FEW = 20  # curves with at most this number of points show every point, without smoothing
@@ -114,18 +114,9 @@ def _read_curves(file: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return {name: (iterations, values)}, with ascending iterations."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: there is no such file of metrics.")
-    lines = file.read_text().splitlines()
     points: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{file}, line {number} is not JSON: {error}") from error
-        for name, value in record.items() if isinstance(record, dict) else ():
+    for record in read_metrics(file):
+        for name, value in record.items():
             if isinstance(value, int | float) and "iteration" in record:
                 points.setdefault(name, {})[record["iteration"]] = value
     curves = {}

@@ -68,6 +68,10 @@ def test_domains_and_corruptions(coco, content, written, tmp_path):
             assert ap == pytest.approx(value[norm, condition, "bbox/AP"] - before, abs=1e-4)
     assert value["BN", "by day: night", "bbox/AP"] == measured["BN", "by day", "bbox/AP@night"]
     assert value["GN", "all: fog/1", "bbox/AP"] == measured["GN", "all", "bbox/AP~fog/1"]
+    content["evaluate"]["domains"] = False
+    written(content)
+    done = run(*adapt, "--images", 4)
+    assert done.returncode == 1 and "by day/1 has no bbox/AP@night: the adapt" in done.stderr
     plan = Plan(load_study(study), out, "torchvision")
     (job,) = [job for job in plan.runs if (job.norm, job.condition) == ("BN", "by day")]
     pictures = Adaptation(plan, plan.sets, job, 4, [0])._training_pictures()

@@ -56,7 +56,7 @@ def test_a_domain_held_out(coco, content, written, tmp_path):
 
 def test_a_set_that_is_registered_in_vain(content, written, tmp_path):
     content["overrides"] |= {"DATASETS.TRAIN": ["shapes_train"], "DATASETS.TEST": ["shapes_val"]}
-    with pytest.raises(ConfigError, match=r"data\.register\.mine: .* DATASETS\.TRAIN .*shapes_train"):
+    with pytest.raises(ConfigError, match=r"register\.mine: .* DATASETS\.TRAIN .*shapes_train"):
         detection(content, written, tmp_path / "out").make([None])
 
 

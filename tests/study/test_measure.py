@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from refbn_d2.study.measure import check_study
 from refbn_d2.study.results import read_csv
+from refbn_d2.study.spec import load_study
+from refbn_d2.utils.errors import RefBNError
 from refbn_d2.utils.lock import locked
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +54,17 @@ def test_a_second_program_in_the_folder_is_refused_by_one_line(coco, content, wr
         code, _, err = measure("--study", written(content), "--output-dir", out)
     assert code == 1 and err.strip().count("\n") == 0
     assert f"{out} is in use by process {os.getpid()}" in err and "another --output-dir" in err
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [("{", r"study\.json is broken .*; delete it"), ('{"study": "s"}', "holds the study 's', not")],
+)
+def test_the_record_of_the_folder(record, message, coco, content, written, tmp_path):
+    (tmp_path / "study.json").write_text(record)
+    with pytest.raises(RefBNError, match=message):
+        check_study(load_study(written(content)), tmp_path)
+    assert (tmp_path / "study.json").read_text() == record
 
 
 @pytest.mark.detectron2

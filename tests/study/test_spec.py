@@ -51,6 +51,17 @@ def test_what_is_read(content, written):
         ({"norms": {"BN": {"convert": "RefNI"}}}, r"norms.BN.convert: 'RefNI'.*mean 'RefIN'"),
         ({"data": {"register": {"coco_2017_val": ["a", "b"]}}}, r"coco_2017_val: is a built-in"),
         ({"data": {"tuning": 1.5}}, r"data.tuning: is 1.5"),
+        (
+            {"data": {"register": ["a.json", "a"]}},
+            r"data.register: is \['a.json', 'a'\]; write `na",
+        ),
+        ({"conditions": {"x": {"norms": 3}}}, r"x.norms: is 3; write a list: \[3\]"),
+        ({"evaluate": {"metrics": "bbox/AP"}}, r"metrics: is 'bbox/AP'; write a list: \[bbox/AP\]"),
+        ({"evaluate": {"corruptions": {"names": 3}}}, r"names: is 3; write a list"),
+        ({"evaluate": {"corruptions": {"names": ["subset"]}}}, r"names: 'subset' is unknown"),
+        ({"evaluate": {"corruptions": {"severities": [[1]]}}}, r"severities: is \[\[1\]\]"),
+        ({"evaluate": {"corruptions": {"severities": [True]}}}, r"severities: is \[True\]"),
+        ({"timing": {"conditions": "two iid"}}, r"conditions: is 'two iid'; write a list"),
     ],
 )
 def test_errors_name_the_place_and_the_closest(content, written, change, message):

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from refbn_d2.utils.file_io import naming, remove_unfinished, write_text
+from refbn_d2.utils.errors import DataError
+from refbn_d2.utils.file_io import naming, read_metrics, read_record, remove_unfinished, write_text
 
 
 def test_what_a_killed_run_was_writing_is_removed(tmp_path):
@@ -51,3 +52,23 @@ def test_other_errors_stay_as_they_are(error):
     with pytest.raises(type(error)) as raised, naming("x"):
         raise error
     assert raised.value is error
+
+
+@pytest.mark.parametrize("content", [b"", b'{"half": ', b"\xff\xfe", b"[1, 2]", b"null"])
+def test_a_broken_record_is_named(content, tmp_path):
+    file = tmp_path / "status.json"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"status\.json is broken \(.*\); delete it"):
+        read_record(file, dict, "delete it")
+
+
+def test_metrics_up_to_where_a_run_was_killed(tmp_path):
+    file = tmp_path / "metrics.json"
+    file.write_bytes(b'{"iteration": 0, "loss": 2.5}\n\n{"iteration": 1, "lo')
+    assert list(read_metrics(file)) == [{"iteration": 0, "loss": 2.5}]
+    file.write_bytes(b'{"iter\n{"iteration": 1, "loss": 2.0}\n')
+    with pytest.raises(DataError, match=r"metrics\.json, line 1 is not JSON"):
+        list(read_metrics(file))
+    file.write_bytes(b"[1]\n")
+    with pytest.raises(DataError, match=r"line 1 is \[1\], not a dict"):
+        list(read_metrics(file))
