@@ -90,13 +90,12 @@ class DetectionSets(Sets):
                     raise ConfigError(
                         f"study file {self.study.file}, DATASETS.{key}: {error.args[0]}"
                     ) from None
-        for name in self.study.data.register:
-            if name not in [dataset.name for dataset in found.values()]:
-                raise ConfigError(
-                    f"study file {self.study.file}, data.register.{name}: the study does not use "
-                    f"it; name it in DATASETS.TRAIN or TEST (now {found['train'].name} and "
-                    f"{found['test'].name}), or remove it"
-                )
+        used = [dataset.name for dataset in found.values()]
+        for name in set(self.study.data.register) - set(used):
+            raise ConfigError(
+                f"study file {self.study.file}, data.register.{name}: the study does not use it; "
+                f"name it in DATASETS.TRAIN or TEST (now {' and '.join(used)}), or remove it"
+            )
         return found
 
     def _derived(self, name: str, images: Path | None = None) -> catalog.Dataset:
@@ -143,21 +142,32 @@ class DetectionSets(Sets):
         return {image["id"]: image.get(field) for image in read_set(self.test)["images"]}
 
     def digests(self) -> dict[str, str]:
+        missing = [s.json_file for s in self.source.values() if not s.json_file.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{missing[0]} does not exist; data sets are looked for in the folder that the "
+                "environment variable DETECTRON2_DATASETS names"
+            )
         return {
             part: hashlib.sha256(dataset.json_file.read_bytes()).hexdigest()[:16]
             for part, dataset in self.source.items()
         }
 
+    def _check_domains(self, part: str, content: dict) -> None:
+        field = self.cfg.DATALOADER.DOMAIN_FIELD
+        for image in content["images"]:
+            if not isinstance(image.get(field), str | int):
+                where = f"{self.source[part].json_file}: image {image['id']} ({image['file_name']})"
+                raise DataError(f"{where} has no {field!r}; evaluate.domains and hold_out need it")
+
     def make(self, hold_outs: Sequence[str | None]) -> None:
         data, field = self.study.data, self.cfg.DATALOADER.DOMAIN_FIELD
         content = read_set(self.source["train"])
         domains = [image.get(field) for image in content["images"]]
-        if (self.study.evaluate.domains or any(hold_outs)) and None in domains:
-            image = content["images"][domains.index(None)]
-            raise DataError(
-                f"{self.source['train'].json_file}: image {image['id']} ({image['file_name']}) has "
-                f"no {field!r}, which evaluate.domains and hold_out need; add it to every image"
-            )
+        if self.study.evaluate.domains or any(hold_outs):
+            self._check_domains("train", content)
+        if self.study.evaluate.domains and not data.tuning:
+            self._check_domains("test", read_set(self.source["test"]))
         train, held = split(domains, data)
         for hold_out in hold_outs:
             dataset = self.train_set(hold_out)

@@ -304,6 +304,8 @@ def main() -> None:
     p.add_argument("--output", type=Path, required=True, help="for example docs/results.md")
 
     def run(args: argparse.Namespace) -> None:
+        if args.output.resolve() in [file.resolve() for file in (*args.csv, args.answers) if file]:
+            raise DataError(f"--output {args.output} is also an input; name another file")
         answers = _read(args.answers) if args.answers else ""
         write_text(args.output, results_page(sorted(args.csv), answers))
 

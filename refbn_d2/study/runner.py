@@ -58,6 +58,11 @@ class Record:
             ConfigError: they were not; names the differences.
         """
         before = self.content.get("recipe")
+        if before is None and (self.job.folder / "last_checkpoint").exists():
+            raise ConfigError(
+                f"{self.job.folder} has a checkpoint, but no status.json that says which settings "
+                "and code made it; delete that folder"
+            )
         if before is None or before == self.job.recipe:
             return
         keys = sorted(before.keys() | self.job.recipe.keys())

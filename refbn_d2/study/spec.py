@@ -110,6 +110,21 @@ class Study:
     pretrain: Pretrain | None = field(default=None)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key stands twice: the last one would win silently."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = [str(key.value) for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{name!r} stands twice in one section; remove or rename one",
+                    problem_mark=node.start_mark,
+                )
+        return node
+
+
 def load_study(path: str | Path) -> Study:
     """Read and check a study file.
 
@@ -120,7 +135,7 @@ def load_study(path: str | Path) -> Study:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         raise FileNotFoundError(f"study file {path} does not exist; check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -205,7 +220,10 @@ class _Reader:
     def choices(self, value: Any, where: str, known: Iterable[str]) -> tuple[str, ...]:
         if not isinstance(value, list):
             raise self.error(where, f"is {value!r}; write a list: [{value}]")
-        return tuple(self.choice(str(name), where, known) for name in value)
+        chosen = tuple(self.choice(str(name), where, known) for name in value)
+        if len(set(chosen)) < len(chosen):
+            raise self.error(where, f"{value} names one twice; remove it")
+        return chosen
 
     def config(self, value: Any, where: str) -> Path:
         if not isinstance(value, str):

@@ -56,8 +56,16 @@ def test_a_domain_held_out(coco, content, written, tmp_path):
 
 def test_a_set_that_is_registered_in_vain(content, written, tmp_path):
     content["overrides"] |= {"DATASETS.TRAIN": ["shapes_train"], "DATASETS.TEST": ["shapes_val"]}
-    with pytest.raises(ConfigError, match=r"register\.mine: .* DATASETS\.TRAIN .*shapes_train"):
+    with pytest.raises(
+        ConfigError, match=r"register\.mine(_val)?: .* DATASETS\.TRAIN .*shapes_train"
+    ):
         detection(content, written, tmp_path / "out").make([None])
+
+
+def test_data_that_is_not_there(coco, content, written, tmp_path):
+    (coco / "val.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"val\.json does not exist; .*DETECTRON2_DATASETS"):
+        detection(content, written, tmp_path / "out").digests()
 
 
 def test_tuning_leaves_the_test_set_alone(coco, content, written, tmp_path):
@@ -101,10 +109,17 @@ def test_bad_data(coco, content, written, tmp_path):
             sets.make([None])
         sets.make([])  # no run needs them
         (coco / "away.png").rename(coco / part / "5.png")
+    whole = json.loads((coco / "train.json").read_text())
     train = json.loads((coco / "train.json").read_text())
     del train["images"][3]["domain"]
     (coco / "train.json").write_text(json.dumps(train))
     with pytest.raises(DataError, match=r"image 13 \(3.png\) has no 'domain'"):
+        sets.make([None])
+    val = json.loads((coco / "val.json").read_text())
+    val["images"][1]["domain"] = ["night"]
+    (coco / "train.json").write_text(json.dumps(whole))
+    (coco / "val.json").write_text(json.dumps(val))
+    with pytest.raises(DataError, match=r"val.json: image 11 \(1.png\) has no 'domain'; eval"):
         sets.make([None])
     (coco / "train.json").write_text(json.dumps(train | {"images": []}))
     with pytest.raises(DataError, match="train.json.* list of images is empty"):

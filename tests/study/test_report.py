@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from refbn_d2.study.report import About, html, markdown, meaning, results_page
+from refbn_d2.study.report import About, html, main, markdown, meaning, results_page
 from refbn_d2.study.results import Row, write_csv
 from refbn_d2.utils.errors import DataError
 
@@ -79,6 +79,16 @@ def test_the_command(rows, tmp_path):
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.md").read_text()
     assert "## Title beside the rows, `s`\n" in page and "| GN | 22.0 ± 0.00 (n 3) |" in page
+
+
+def test_an_output_that_is_an_input(rows, tmp_path, monkeypatch):
+    file = str(tmp_path / "s.csv")
+    write_csv(rows, file)
+    before = Path(file).read_bytes()
+    monkeypatch.setattr(sys, "argv", ["report", file, "--output", file])
+    with pytest.raises(SystemExit, match=r"s\.csv is also an input"):
+        main()
+    assert Path(file).read_bytes() == before
 
 
 def test_files_that_cannot_be(rows, tmp_path):

@@ -132,6 +132,15 @@ def test_results_of_another_version_are_refused(tmp_path):
         Runner([changed], 1)
 
 
+def test_a_checkpoint_of_unknown_settings_is_refused(tmp_path):
+    """Otherwise the training would resume it, and its results would be those of other settings."""
+    one = job(tmp_path, "a")
+    one.folder.mkdir(parents=True)
+    (one.folder / "last_checkpoint").write_text("model_final.pth")
+    with pytest.raises(ConfigError, match="has a checkpoint, but no status.json"):
+        Record(one).check()
+
+
 def test_code_that_changes_meanwhile(tmp_path):
     with pytest.raises(ConfigError, match="code was changed while the study ran"):
         Runner([job(tmp_path, "run/a", recipe={"code": "of before"})], 1).run()

@@ -61,6 +61,7 @@ def test_what_is_read(content, written):
         ({"evaluate": {"corruptions": {"names": ["subset"]}}}, r"names: 'subset' is unknown"),
         ({"evaluate": {"corruptions": {"severities": [[1]]}}}, r"severities: is \[\[1\]\]"),
         ({"evaluate": {"corruptions": {"severities": [True]}}}, r"severities: is \[True\]"),
+        ({"evaluate": {"metrics": ["bbox/AP"] * 2}}, r"metrics: .* names one twice"),
         ({"timing": {"conditions": "two iid"}}, r"conditions: is 'two iid'; write a list"),
     ],
 )
@@ -75,3 +76,10 @@ def test_no_file_and_no_yaml(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="bad.yaml is not valid YAML"):
         load_study(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("twice", ["norms: {BN: {}, GN: {}, BN: {}}", "seeds: [1]\nseeds: [2]"])
+def test_a_name_that_stands_twice(twice, tmp_path):
+    (tmp_path / "twice.yaml").write_text(f"task: detection\n{twice}\n")
+    with pytest.raises(ConfigError, match="twice.yaml.* '(BN|seeds)' stands twice"):
+        load_study(tmp_path / "twice.yaml")
