@@ -3,6 +3,8 @@ import socket
 
 import pytest
 
+from tests.device import DEVICE
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads: small tensors, many processes
 
 QUICKSTART = "configs/quickstart/mask_rcnn_R_18_FPN_refbn.yaml"
@@ -48,7 +50,7 @@ def tiny_cfg(tiny_shapes, tmp_path, request):
             "MODEL.ROI_BOX_HEAD.NORM", "RefBN", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 32,
             "MODEL.REFBN.NUM_IMAGES", 4, "MODEL.REFBN.SLICE_SIZE", 2,
             "MODEL.REFBN.REFRESH_PERIOD", 3,
-            "MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0, "SEED", 3,
+            "MODEL.DEVICE", DEVICE, "DATALOADER.NUM_WORKERS", 0, "SEED", 3,
             "OUTPUT_DIR", str(tmp_path / "output"),
         ]
     )  # fmt: skip

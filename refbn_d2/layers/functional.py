@@ -94,13 +94,13 @@ class _Normalize(torch.autograd.Function):
         elif ctx.gradient == "pooled":
             # scale [dy - (1-w)(mean(dy) + xh mean(dy xh))] = (1-w) BN's + w scale dy
             dx, dgamma, dbeta = batch_norm_backward((1 - w) * gamma, mean, r)
-            if dx is not None:
+            if mask[0]:
                 _add_scaled(dx, dy, w * scale)
         else:
             # A row's share in the mean and in the mean of squares, times n, is 1-w. Appended rows
             # have w m n/n_s more. (1 - share) scale dy is then added to each row.
             dx, dgamma, dbeta = batch_norm_backward(gamma, mean, r)
-            if dx is not None:
+            if mask[0]:
                 rows, momentum = ctx.appended
                 groups = [(slice(0, len(x) - rows), 1 - w)]
                 if rows:
@@ -108,7 +108,8 @@ class _Normalize(torch.autograd.Function):
                     groups.append((slice(len(x) - rows, None), share))
                 for group, share in groups:
                     _add_scaled(dx[group].mul_(share), dy[group], (1 - share) * scale)
-        return dx, dgamma, dbeta if has_beta else None, *[None] * 8
+        # On a GPU the kernels return every gradient, whatever the mask says.
+        return dx, dgamma if has_gamma else None, dbeta if has_beta else None, *[None] * 8
 
 
 def in_dtype_of(moments: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:

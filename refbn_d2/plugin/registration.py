@@ -6,7 +6,8 @@
     RetinaNetHead               gives them one layer per pyramid level, as it does for BN
     training loaders            read DATALOADER.BATCH_COMPOSITION
     build_model                 sets the layers by MODEL.REFBN, links CBN and MABN to their
-                                convolutions, and registers DATASETS.REGISTER
+                                convolutions
+    both of these               register DATASETS.REGISTER
     config defaults             have MODEL.REFBN, DATASETS.REGISTER and the other new keys
     TrainerBase.register_hooks  adds a `ReferenceBatchHook` if the model has RefBN, and a
                                 `PeerRestartHook` if it has peers
@@ -206,10 +207,11 @@ def loader_arguments(cfg, mapper=None, *, dataset=None, sampler=None) -> dict:
     """Return what `build_detection_train_loader` takes from a config while RefBN is registered.
 
     Raises:
-        ConfigError, DataError: as `plugin.domains.with_domains`.
+        ConfigError, DataError: as `plugin.domains.with_domains`, and those of `register_datasets`.
     """
     from refbn_d2.plugin.domains import with_domains
 
+    register_datasets(cfg)
     original = originals["_train_loader_from_config"]
     arguments = original(cfg, mapper, dataset=dataset, sampler=sampler)
     return arguments if sampler is not None else with_domains(cfg, arguments)

@@ -2,6 +2,9 @@
 
 It prints a table of ratios to the time of BatchNorm. In each round all layers take turns, so that a
 change of the machine's speed affects all of them. A ratio compares the medians over the rounds.
+
+With --config-file, it compares whole training steps of detectors instead: time, its ratio to the
+first config's, and on a GPU peak memory. The pictures are synthetic: no data set is needed.
 """
 
 import argparse
@@ -14,6 +17,8 @@ from torch.utils.benchmark import Timer
 from refbn_d2.layers import RefBatchNorm2d, RefInstanceNorm2d
 from refbn_d2.layers.functional import GRADIENTS
 from refbn_d2.utils.arguments import run_or_exit
+from refbn_d2.utils.config_files import find_config_file
+from refbn_d2.utils.errors import ConfigError
 
 # (N, C, H, W): stages of a ResNet-50 for 2 images of 800 x 1066, and a ResNet-18 for 16 of 128^2
 SHAPES = [
@@ -38,20 +43,38 @@ def timers(shape: tuple[int, ...], args: argparse.Namespace) -> dict[str, Timer]
     x = torch.randn(shape, device=args.device, dtype=getattr(torch, args.dtype))
     if args.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    gradient = torch.randn_like(x)
     x.requires_grad_()
-    return {
-        name: Timer(
-            "torch.autograd.backward(layer(x), gradient); x.grad = None",
-            globals={"torch": torch, "layer": layer.to(args.device), "x": x, "gradient": gradient},
+    half = torch.autocast(args.device, x.dtype, enabled=x.dtype != torch.float32)
+    found = {}
+    for name, layer in layers(shape[1]).items():
+        layer.to(args.device)
+        with half:  # on a GPU, GroupNorm returns float32
+            gradient = torch.randn_like(layer(x))
+        found[name] = Timer(
+            "with half: y = layer(x)\ntorch.autograd.backward(y, gradient); x.grad = None",
+            globals={"torch": torch, "layer": layer, "x": x, "gradient": gradient, "half": half},
             num_threads=args.threads,
         )
-        for name, layer in layers(shape[1]).items()
-    }
+    return found
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__)
+    detectors = p.add_argument_group("detectors")
+    detectors.add_argument(
+        "--config-file", nargs="+", default=[], metavar="FILE", type=find_config_file,
+        help="detectors; the device and the precision are the config's",
+    )  # fmt: skip
+    detectors.add_argument(
+        "--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"),
+        help="of the pictures; default: 800 1333",
+    )  # fmt: skip
+    detectors.add_argument("--images", type=int, default=2, help="in a step; default: 2")
+    detectors.add_argument("--steps", type=int, default=16, help="in a round; default: 16")
+    detectors.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE",
+        help="config keys and values for all detectors; the last option",
+    )  # fmt: skip
     p.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     p.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"],
@@ -65,10 +88,27 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
+    for name in ("rounds", "steps", "images"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} {getattr(args, name)}; allowed: 1 or more")
+    print(f"# {args}")
+    if args.config_file:
+        from refbn_d2.study.step_benchmark import compare_steps
+
+        print(
+            compare_steps(
+                args.config_file, args.opts, tuple(args.size), args.images, args.rounds, args.steps
+            )
+        )
+    else:
+        compare_layers(args)
+
+
+def compare_layers(args: argparse.Namespace) -> None:
+    """Print the table of the layers."""
     from tqdm import tqdm
 
     names = list(layers(32))
-    print(f"# {args}")
     print("| shape | " + " | ".join(f"{name} / BN" for name in names[1:]) + " |")
     print("|---" * len(names) + "|")
     for shape in tqdm(SHAPES, disable=None, leave=False):

@@ -85,7 +85,7 @@ def test_bn_starts_it_and_it_becomes_bn(tiny_cfg, name):
     """Through `load_weights` and the converter. MABN drops BN's means, so it is compared back."""
 
     def model(norm):
-        return build_model(with_norm(tiny_cfg.clone(), norm)).eval()
+        return build_model(with_norm(tiny_cfg.clone(), norm)).eval().cpu()
 
     bn, peer, back, folded = model("BN"), model(name), model("BN"), model("FrozenBN")
     for layer in bn.modules():

@@ -126,6 +126,16 @@ def test_count_weight_is_batch_norm_over_reference_and_batch(data):
     torch.testing.assert_close(y, both[2:])
 
 
+@pytest.fixture(params=[False, True], ids=["as on the CPU", "as on a GPU"])
+def kernels(request, monkeypatch):
+    """Return every gradient of BN's kernel, as on a GPU, whatever the mask says."""
+    kernel = torch.ops.aten.native_batch_norm_backward
+    if request.param:
+        every = lambda *args: kernel(*args[:-1], [True] * 3)  # noqa: E731
+        monkeypatch.setattr(torch.ops.aten, "native_batch_norm_backward", every)
+
+
+@pytest.mark.usefixtures("kernels")
 def test_without_affine(data):
     x = data["x"].clone().requires_grad_()
     for gradient in GRADIENTS:

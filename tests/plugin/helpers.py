@@ -1,5 +1,7 @@
 """Small models of Detectron2's."""
 
+from tests.device import DEVICE
+
 
 def build(*overrides, meta="GeneralizedRCNN", add_config=None):
     """A small model of Detectron2's, and how many RefBN layers it has."""
@@ -9,7 +11,7 @@ def build(*overrides, meta="GeneralizedRCNN", add_config=None):
     cfg = get_cfg()
     if add_config:
         add_config(cfg)
-    cfg.MODEL.DEVICE, cfg.MODEL.META_ARCHITECTURE = "cpu", meta
+    cfg.MODEL.DEVICE, cfg.MODEL.META_ARCHITECTURE = DEVICE, meta
     cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.merge_from_list(list(overrides))

@@ -104,3 +104,13 @@ def test_instances_in_samples_are_covered():
         return identity_of_samples([{"image": torch.zeros(3, 9, 9), "instances": instances}])
 
     assert prints(1) == prints(1) != prints(2)
+
+
+def test_a_loader_without_a_model_registers_the_data_of_the_config(detectron2_cfg):
+    from detectron2.data import DatasetCatalog, build_detection_train_loader
+
+    [(_, *files), _] = detectron2_cfg.DATASETS.REGISTER
+    detectron2_cfg.DATASETS.REGISTER = (("of_a_loader_alone", *files),)
+    detectron2_cfg.DATASETS.TRAIN = ("of_a_loader_alone",)
+    assert "of_a_loader_alone" not in DatasetCatalog.list()
+    assert len(next(iter(build_detection_train_loader(detectron2_cfg)))) == 2

@@ -4,6 +4,7 @@ pytest.importorskip("timm")
 
 from refbn_d2.config.pretrain import get_pretrain_cfg  # noqa: E402
 from refbn_d2.data.shapes.dataset import make_classification
+from tests.device import DEVICE
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +24,7 @@ def make_cfg(tiny_classes):
         cfg.merge_from_list(
             [
                 "DATASETS.ROOT", str(tiny_classes), "MODEL.NAME", "test_resnet",
-                "MODEL.DEVICE", "cpu", "INPUT.SIZE", 32, "INPUT.SIZE_TEST", 32,
+                "MODEL.DEVICE", DEVICE, "INPUT.SIZE", 32, "INPUT.SIZE_TEST", 32,
                 "SOLVER.IMS_PER_BATCH", 8, "SOLVER.EPOCHS", 2, "SOLVER.WARMUP_EPOCHS", 1,
                 "SOLVER.BASE_LR", 0.02, "SOLVER.CHECKPOINT_PERIOD", 7, "TEST.VAL_INTERVAL", 0,
                 "DATALOADER.NUM_WORKERS", 0, "MODEL.REFBN.NUM_IMAGES", 6,

@@ -12,6 +12,7 @@ from refbn_d2.config import ConfigError
 from refbn_d2.layers import Recording, RefBatchNorm2d, convert_from_refbn, fold, refbn_layers
 from refbn_d2.pretrain.backbone import resnet_keys
 from refbn_d2.pretrain.models import RefBatchNormAct2d, build_model, check_num_classes
+from tests.device import on_cpu
 
 PLAIN = {
     "resnet18": (18, 1, 64, 64),
@@ -113,6 +114,7 @@ def test_gn_keeps_an_activation(cfg):
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 12)
 
 
+@on_cpu
 def test_syncbn_on_the_cpu_is_bn_and_says_so(cfg, caplog):
     with caplog.at_level(logging.WARNING):
         model = build(cfg, "MODEL.NORM", "SyncBN")

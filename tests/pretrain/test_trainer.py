@@ -13,6 +13,7 @@ from timm.optim import muon
 
 from refbn_d2.checkpoint import load_checkpoint, save_checkpoint
 from refbn_d2.layers import refbn_layers
+from tests.device import DEVICE
 from tests.pretrain.helpers import final, metrics, run, trainer
 
 # ---- the files of a run
@@ -191,7 +192,7 @@ def test_a_slice_is_appended_once_a_step_and_is_not_mixed(cfg):
     )
     mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(3, 1, 1)
     std = torch.tensor(cfg.MODEL.PIXEL_STD).view(3, 1, 1)
-    reference = [(image.float() - mean) / std for image in one.reference.samples]
+    reference = [((image.float() - mean) / std).to(DEVICE) for image in one.reference.samples]
     seen = inputs_of(one)
     before = {name: m.ref_mean.clone() for name, m in refbn_layers(one.model)}
     for iteration, batch in zip(range(7), one.loader, strict=False):

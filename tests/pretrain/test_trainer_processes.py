@@ -14,6 +14,7 @@ import torch
 from refbn_d2.checkpoint import load_checkpoint
 from refbn_d2.pretrain.trainer import Trainer
 from refbn_d2.utils.lock import locked
+from tests.device import two_devices
 from tests.pretrain.helpers import ALL_AT_ONCE, final, metrics, run, start
 from tests.trainers import Killed, assert_same, kill_at
 
@@ -122,6 +123,7 @@ def in_workers(cfg, tmp_path, launcher=(), *arguments):
     return out + err
 
 
+@two_devices
 def test_two_workers_by_torchrun_train_as_one(cfg, tmp_path):
     """With a norm that is not over the batch, any split gives the same gradients."""
     cfg.merge_from_list(
@@ -140,6 +142,7 @@ def test_two_workers_by_torchrun_train_as_one(cfg, tmp_path):
     assert (Path(cfg.OUTPUT_DIR) / "backbone.pkl").exists()
 
 
+@two_devices
 def test_two_workers_by_num_gpus_with_refbn_evaluate_every_picture_once(
     cfg, tmp_path, tiny_classes
 ):

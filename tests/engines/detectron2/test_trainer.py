@@ -8,6 +8,7 @@ import pytest
 from refbn_d2.checkpoint.files import load_checkpoint
 from refbn_d2.utils.errors import ConfigError
 from tests.detectron2_scripts import ROOT, call
+from tests.device import two_devices
 
 pytestmark = pytest.mark.detectron2
 
@@ -47,6 +48,7 @@ def test_a_run_its_files_and_its_resumption(config_file, tmp_path):
     assert code == 0 and "copypaste: Task: bbox" in log, log
 
 
+@two_devices
 def test_two_workers(config_file, tmp_path):
     code, log = train(config_file, tmp_path, "--engine", "detectron2", "--num-gpus", 2)
     assert code == 0, log

@@ -9,8 +9,10 @@ from refbn_d2.checkpoint.files import load_checkpoint
 from refbn_d2.engines.torchvision.data import build_train_loader, load_train_dicts
 from refbn_d2.engines.torchvision.modeling import build_model
 from refbn_d2.engines.torchvision.trainer import train
+from tests.device import on_cpu
 
 
+@on_cpu
 def test_precise_statistics_are_saved_and_training_stays_the_same(tiny_cfg, tmp_path):
     norms = (f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"))
     tiny_cfg.merge_from_list([value for key in norms for value in (key, "BN")])

@@ -10,6 +10,7 @@ import torch
 
 from refbn_d2.checkpoint.files import load_checkpoint
 from refbn_d2.engines.torchvision.trainer import Trainer
+from tests.device import on_cpu
 from tests.engines.torchvision.helpers import run
 
 
@@ -72,6 +73,7 @@ def test_random_numbers_differ_by_seed(tiny_cfg, tmp_path):
     assert losses[3] != losses[4]
 
 
+@on_cpu
 @pytest.mark.parametrize("lacks, dtype", [(False, torch.bfloat16), (True, torch.float32)])
 def test_bfloat16_where_the_device_has_it(tiny_cfg, monkeypatch, lacks, dtype):
     """In the capture of the reference batch and in a training step."""

@@ -16,12 +16,14 @@ from refbn_d2.engines.torchvision.trainer import Trainer
 from refbn_d2.utils import distributed
 from refbn_d2.utils.errors import DivergedError
 from refbn_d2.utils.lock import locked
+from tests.device import on_cpu, two_devices
 from tests.engines.torchvision.helpers import run, start, weights
 from tests.trainers import Killed, assert_same, kill_at
 
 # ---- resumption
 
 
+@on_cpu
 @pytest.mark.parametrize("refresh", ["static", "full", "slice", "concat"])
 def test_killed_and_resumed_equals_straight(tiny_cfg, tmp_path, monkeypatch, refresh):
     tiny_cfg.merge_from_list(["MODEL.REFBN.REFRESH", refresh, "DATASETS.TEST", []])
@@ -158,6 +160,7 @@ def two_workers(cfg, tmp_path, launcher=(), *arguments):
     return out + err
 
 
+@two_devices
 def test_two_workers_train_as_one_by_num_gpus_and_by_torchrun(tiny_cfg, tmp_path):
     """Without norms over the batch and random sampling, any split gives the same gradients."""
     tiny_cfg.merge_from_list(
@@ -186,6 +189,7 @@ def test_two_workers_train_as_one_by_num_gpus_and_by_torchrun(tiny_cfg, tmp_path
         )
 
 
+@two_devices
 def test_two_workers_with_refbn_and_every_picture_evaluated_once(tiny_cfg, tmp_path):
     tiny_cfg.merge_from_list(["SOLVER.MAX_ITER", 4])
     two_workers(tiny_cfg, tmp_path, (), "--num-gpus", "2")

@@ -4,9 +4,10 @@ import numpy as np
 import torch
 
 from refbn_d2.config import get_cfg
+from tests.device import DEVICE
 
 SMALL = [
-    "MODEL.DEVICE", "cpu",
+    "MODEL.DEVICE", DEVICE,
     "MODEL.MASK_ON", True,
     "MODEL.PIXEL_STD", [57.375, 57.12, 58.395],
     "MODEL.BACKBONE.FREEZE_AT", 0,

@@ -7,6 +7,7 @@ from torch import nn
 
 from refbn_d2.config import get_cfg
 from refbn_d2.engines.torchvision.modeling import build_model
+from tests.device import DEVICE
 from tests.engines.torchvision.modeling.helpers import C4, FPN, config, make_samples, trained_step
 
 LOSSES = {"loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc"}
@@ -37,9 +38,9 @@ def test_every_norm_trains_a_step(norm, dtype, caplog):
     torch.manual_seed(0)
     with caplog.at_level(logging.WARNING):
         model = build_model(config(norm=norm))
-    assert ("SyncBN" in caplog.text) == (norm == "SyncBN")
+    assert ("SyncBN" in caplog.text) == (norm == "SyncBN" and DEVICE == "cpu")
     before = {name: value.clone() for name, value in model.named_parameters()}
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16):
         losses = trained_step(model, make_samples())
     assert losses.keys() == LOSSES
     assert all(math.isfinite(value) and value > 0 for value in losses.values()), losses
@@ -56,7 +57,7 @@ def test_bfloat16_losses_are_near_those_of_float32():
     found = []
     for enabled in (False, True):
         torch.manual_seed(1)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), torch.no_grad():
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled), torch.no_grad():
             found.append({name: loss.item() for name, loss in model(make_samples()).items()})
     assert found[1] == pytest.approx(found[0], rel=0.1, abs=0.02)
     assert found[1] != found[0]
@@ -147,7 +148,7 @@ def test_detections_do_not_depend_on_the_other_images():
     assert (height, width) == (128, 288)
     low, high = found["pred_boxes"][:, :2], found["pred_boxes"][:, 2:]
     assert (low >= 0).all() and (high > low).all()
-    assert (high <= torch.tensor([width, height])).all() and high[:, 0].max() > 100
+    assert (high <= high.new_tensor([width, height])).all() and high[:, 0].max() > 100
 
 
 def test_no_detections_have_the_usual_shapes():
@@ -168,7 +169,7 @@ def test_rows_appended_and_dropped_around_the_backbone_leave_the_losses():
 
     def append(module, args):
         shapes.append(args[0].shape)
-        return (torch.cat([args[0], torch.ones(3, *args[0].shape[1:])]),)
+        return (torch.cat([args[0], args[0].new_ones(3, *args[0].shape[1:])]),)
 
     losses = []
     for appended in (False, True):
