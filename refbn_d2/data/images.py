@@ -55,10 +55,7 @@ def read_image(file_name: str, format: str, image_id: Hashable = None) -> np.nda
     try:
         with Image.open(file_name) as file:
             file.load()
-            image = _upright(file)
-            if image.mode.startswith(("I", "F")):
-                image = _to_8_bit(image)
-            rgb = np.asarray(image.convert("RGB"))
+            rgb = np.asarray(to_rgb(_upright(file)))
     except FileNotFoundError:
         raise FileNotFoundError(
             f"image {file_name}{of_image} does not exist: check the dataset's image folder"
@@ -90,8 +87,15 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return the picture in RGB; 16-bit gray keeps its high byte, where PIL would make it white.
+
+    Raises:
+        ValueError: its values do not fit 8 or 16 bits.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image.convert("RGB")
     values = np.asarray(image)
     if not np.issubdtype(values.dtype, np.integer) or values.min() < 0 or values.max() > 65535:
         raise ValueError(f"it is of mode {image.mode}; convert it to 8 or 16 bits per channel")
-    return Image.fromarray((values >> 8).astype(np.uint8))
+    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")

@@ -9,22 +9,19 @@ Names:
 """
 
 import hashlib
-import io
 import json
-import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from refbn_d2.data import catalog, shapes
 from refbn_d2.data.coco import check_pictures, read_coco
 from refbn_d2.data.corruptions import corrupt
 from refbn_d2.data.images import read_image
+from refbn_d2.study.class_folders import copy_images, write_png
 from refbn_d2.study.sampling import SEED, split, stratified
 from refbn_d2.study.spec import Study, closest
 from refbn_d2.utils.errors import ConfigError, DataError
@@ -206,7 +203,7 @@ class DetectionSets(Sets):
                 rgb = corrupt(read_image(str(path), "RGB", image["id"]), name, int(severity),
                               [SEED, place])  # fmt: skip
                 renamed.append(image | {"file_name": f"{place}.png"})
-                _write_png(rgb, dataset.image_root / f"{place}.png")
+                write_png(rgb, dataset.image_root / f"{place}.png")
             # Last: if the json exists, the set is complete.
             write_subset(content, renamed, dataset.json_file)
 
@@ -256,7 +253,7 @@ class ClassificationSets(Sets):
         images, folders = self._images("train"), []
         for name, number in (("short", steps * batch), ("short_test", 8 * images.num_classes)):
             folder = self.folder / f"{name}_{number}"
-            _copy(images, stratified(images.labels, number), folder)
+            copy_images(images, stratified(images.labels, number), folder)
             folders.append(str(folder.resolve()))
         return [
             "DATASETS.TRAIN", folders[0], "DATASETS.TEST", folders[1], "SOLVER.EPOCHS", 1,
@@ -305,13 +302,13 @@ class ClassificationSets(Sets):
                 self._check_domain(hold_out, domains, train_images.path)
                 keep = [i for i in train if domains[i] != hold_out]
             if data.train_images or data.tuning or hold_out:
-                _copy(train_images, keep, self._train_folder(hold_out))
+                copy_images(train_images, keep, self._train_folder(hold_out))
         test_images = train_images if held is not None else self._images("test")
         test = held if held is not None else list(range(len(test_images)))
         chosen = stratified([test_images.labels[i] for i in test], data.test_images)
         test = [test[i] for i in chosen]
         if data.test_images or data.tuning:
-            _copy(test_images, test, self.folder / "test")
+            copy_images(test_images, test, self.folder / "test")
         if evaluate.domains:
             self._domains(test_images)
         if evaluate.corruptions and 0 < evaluate.images < test_images.num_classes:
@@ -321,9 +318,9 @@ class ClassificationSets(Sets):
             )
         few = [test[i] for i in stratified([test_images.labels[i] for i in test], evaluate.images)]
         if evaluate.corruptions:
-            _copy(test_images, few, self.folder / _file("clean"))
+            copy_images(test_images, few, self.folder / _file("clean"))
         for label in tqdm(self.corrupted_labels(), "corrupting pictures", disable=None):
-            _copy(test_images, few, self.folder / _file(label), label)
+            copy_images(test_images, few, self.folder / _file(label), label)
 
 
 def sets_of(study: Study, cfg, folder: Path) -> DetectionSets | ClassificationSets:
@@ -366,35 +363,3 @@ def write_subset(content: dict, images: list[dict], path: Path) -> None:
     ids = {image["id"] for image in images}
     kept = [a for a in content.get("annotations", []) if a["image_id"] in ids]
     write_text(path, json.dumps(content | {"images": images, "annotations": kept}))
-
-
-def _write_png(rgb: np.ndarray, path: Path) -> None:
-    Image.fromarray(rgb).save(path, compress_level=1)
-
-
-def _copy(images, indices: Sequence[int], folder: Path, label: str = "") -> None:
-    """Copy images into a folder of class folders, whole or not at all; `label` corrupts them."""
-    if folder.exists():
-        return
-    if not len(indices):
-        raise DataError(f"{images.path} has no pictures for {folder.name}; check the study's sets")
-    classes = {label: name for name, label in images.class_to_idx.items()}
-    change = _corruption(label) if label else None
-    partial = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    for name in classes.values():
-        (partial / name).mkdir(parents=True)
-    for place, index in enumerate(indices):
-        name = Path(images.reader.filename(index)).name
-        target = partial / classes[images.labels[index]] / f"{index}_{name}"
-        if change is None:
-            target.write_bytes(images.read(index))
-        else:
-            rgb = np.asarray(Image.open(io.BytesIO(images.read(index))).convert("RGB"))
-            _write_png(change(rgb, place), target.with_suffix(".png"))
-    partial.rename(folder)
-
-
-def _corruption(label: str) -> Callable[[np.ndarray, int], np.ndarray]:
-    name, severity = label.split("/")
-    return lambda rgb, place: corrupt(rgb, name, int(severity), [SEED, place])

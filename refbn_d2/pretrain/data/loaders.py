@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from refbn_d2.config import ConfigError
+from refbn_d2.data.images import to_rgb
 from refbn_d2.data.names import DOMAINS, domain_of
 from refbn_d2.data.samplers import GroupedBatchSampler, start_worker
 from refbn_d2.pretrain.data.datasets import ImageSet
@@ -64,7 +65,7 @@ class Samples(Dataset):
         unreadable: list[tuple[str, str]] = []
         for _ in range(ATTEMPTS if self.replace else 1):
             try:
-                image = Image.open(io.BytesIO(self.images.read(index))).convert("RGB")
+                image = to_rgb(Image.open(io.BytesIO(self.images.read(index))))
             except Exception as error:  # PIL raises nearly anything for a broken picture
                 is_none = isinstance(error, UnidentifiedImageError)
                 reason = "no image" if is_none else str(error)
