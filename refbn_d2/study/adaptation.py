@@ -79,6 +79,10 @@ def measure(args: argparse.Namespace) -> None:
     plan = Plan(study, folder, "torchvision")
     if not isinstance(plan.sets, DetectionSets):
         raise ConfigError(f"study file {study.file}: adaptation needs task: detection")
+    if not any(metric.endswith("/AP") for metric in study.evaluate.metrics):
+        raise ConfigError(
+            f"study file {study.file}: adaptation needs bbox/AP or segm/AP in evaluate.metrics"
+        )
     jobs = [job for job in plan.runs if job.run in only and Record(job).status == "done"]
     if not jobs:
         raise ConfigError(f"{folder} has no run that is done: run the study first")
@@ -107,10 +111,19 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 
 def _earlier_rows(folder: Path, header: str) -> dict[tuple, Row]:
-    """Return the rows that the same command wrote with the same code, as with another --only."""
+    """Return the rows that the same command wrote with the same code, as with another --only.
+
+    Raises:
+        ConfigError: another command or another version of the code wrote them.
+    """
     file, about = folder / "results.csv", folder / "results.yaml"
-    if not file.is_file() or not about.is_file() or about.read_text() != header:
+    if not file.is_file():
         return {}
+    if not about.is_file() or about.read_text() != header:
+        raise ConfigError(
+            f"{file} has the results of other options or of another version of the code, as "
+            f"{about.name} says. They are not mixed: move both files"
+        )
     return {_key(row): row for row in read_csv(file)}
 
 

@@ -194,6 +194,12 @@ class DetectionSets(Sets):
         content = read_set(self.test)
         groups = [image.get(field) for image in content["images"]]
         images = [content["images"][i] for i in stratified(groups, self.study.evaluate.images)]
+        annotated = {a["image_id"] for a in content.get("annotations", []) if not a.get("iscrowd")}
+        if not any(image["id"] in annotated for image in images):
+            raise DataError(
+                f"{self.test.json_file}: the {len(images)} pictures for the corruptions have no "
+                "object, so that no AP is defined; raise evaluate.corruptions.images"
+            )
         for label, dataset in tqdm(missing.items(), "corrupting pictures", disable=None):
             name, severity = label.split("/")
             dataset.image_root.mkdir(parents=True, exist_ok=True)

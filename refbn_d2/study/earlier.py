@@ -9,7 +9,6 @@ from refbn_d2.study.plan import Plan, cell_name
 from refbn_d2.study.report import about_of
 from refbn_d2.study.results import Row, read_csv
 from refbn_d2.study.runner import say
-from refbn_d2.study.spec import Evaluate
 from refbn_d2.utils.errors import ConfigError
 
 Run = tuple[str, str, int]  # norm, condition, seed
@@ -63,7 +62,7 @@ def earlier_results(file: Path, plan: Plan, same_code: str = "") -> Mapping[Run,
         _check_settings(yaml, about.settings, runs, plan)
     else:
         say(f"Warning: {yaml} has no `settings`, so those of its runs cannot be compared.")
-    lacking = {run: _lacking(own, study.evaluate) for run, own in runs.items()}
+    lacking = {run: _lacking(own, plan) for run, own in runs.items()}
     if repeated := [run for run in runs if lacking[run]]:
         metrics = dict.fromkeys(metric for run in repeated for metric in lacking[run])
         say(f"{len(repeated)} runs of {file} are repeated: they have no {', '.join(metrics)}.")
@@ -85,12 +84,16 @@ def _check_settings(
             )
 
 
-def _lacking(rows: Sequence[Row], evaluate: Evaluate) -> list[str]:
+def _lacking(rows: Sequence[Row], plan: Plan) -> list[str]:
     """Return the metrics that a run lacks; a run that diverged needs none."""
+    evaluate = plan.study.evaluate
     if all(row.status == "diverged" for row in rows):
         return []
     found = {row.metric for row in rows}
     wanted = [*evaluate.metrics, *steps_names(evaluate)]
+    tasks = dict.fromkeys(metric.partition("/")[0] for metric in evaluate.metrics)
+    aps = [f"{task}/AP" for task in tasks] if plan.study.task == "detection" else ["error"]
+    wanted += [f"{metric}~{label}" for metric in aps for label in plan.sets.corrupted_labels()]
     if evaluate.domains and not any("@" in metric for metric in found):
         wanted.append(f"{evaluate.metrics[0]}@<domain>")
     return [metric for metric in wanted if metric not in found]

@@ -5,7 +5,7 @@ import json
 import math
 import platform
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from refbn_d2.study.evaluation import evaluate_run
 from refbn_d2.study.fingerprint import code_hash
 from refbn_d2.study.plan import Plan, parse_only, plain
 from refbn_d2.study.report import About, drawn, html, markdown
-from refbn_d2.study.results import Row, write_csv
+from refbn_d2.study.results import Row, read_csv, write_csv
 from refbn_d2.study.runner import Record, Runner, say
 from refbn_d2.study.spec import Study, load_study
 from refbn_d2.study.tables import table_of
@@ -61,6 +61,7 @@ def measure(args: argparse.Namespace) -> None:
     with locked(folder, "--output-dir"):
         check_study(study, folder)
         check_records(plan, earlier)
+        check_results(plan, folder / "results.csv", {*earlier, *(job.run for job in jobs)})
         runner = Runner(jobs, args.jobs)
         timed = [] if args.only else plan.timed()
         plan.make_data([*jobs, *timed])
@@ -74,11 +75,10 @@ def measure(args: argparse.Namespace) -> None:
         if failed:
             problems.append(f"{len(failed)} of {len(jobs)} jobs failed")
             problems += [f"{r.job.folder}: {r.content['error']}" for r in failed[:5]]
-        try:
-            if timed:
-                write_results(plan, folder, measure_timing(plan, runner.gpus), resampled, earlier)
-        except ChildProcessError as error:
-            problems.append(str(error))
+        if timed:
+            costs, errors = measure_timing(plan, runner.gpus)
+            write_results(plan, folder, costs, resampled, earlier)
+            problems += errors
     if problems:
         raise ChildProcessError("start the study again to retry: " + "; ".join(problems))
 
@@ -117,6 +117,26 @@ def check_records(plan: Plan, earlier: Mapping[Run, list[Row]]) -> None:
         record = Record(job)
         if not _is_earlier(record, earlier):
             record.check()
+
+
+def check_results(plan: Plan, file: Path, runs: Container[Run]) -> None:
+    """Return if `file`, which will be replaced, has no result that would be lost.
+
+    Args:
+        runs: those that will be in the new file, beside those in the folder.
+
+    Raises:
+        ConfigError: it has the result of a run whose folder is gone.
+    """
+    if not file.exists():
+        return
+    done = {(row.norm, row.condition, row.seed) for row in read_csv(file) if row.status == "done"}
+    for job in plan.runs:
+        if job.run in done and job.run not in runs and not Record(job).done:
+            raise ConfigError(
+                f"{file} has the results of {job.id}, but {job.folder} has not, and they would be "
+                "lost: move results.csv and results.yaml elsewhere, and name the CSV in --have"
+            )
 
 
 def _is_earlier(record: Record, earlier: Mapping[Run, list[Row]]) -> bool:

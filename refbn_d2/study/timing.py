@@ -30,22 +30,23 @@ _LARGEST_RESIDENT = re.compile(r"VmHWM:\s+(\d+) kB")  # in /proc/<pid>/status
 Costs = dict[str, dict[str, dict[str, float]]]  # condition -> norm -> metric -> value
 
 
-def measure_timing(plan: Plan, gpus: list[str]) -> Costs:
-    """Return the costs of the study's norms; those that were measured earlier are read.
+def measure_timing(plan: Plan, gpus: list[str]) -> tuple[Costs, list[str]]:
+    """Return the costs of the study's norms, and the errors of norms whose process failed.
 
-    Raises:
-        ChildProcessError: a process failed; names the file with its output.
+    Costs that were measured earlier are read. A norm that failed has none.
     """
     found = known_costs(plan)
-    timing = plan.study.timing
+    timing, failed = plan.study.timing, []
     for condition in timing.conditions if timing.rounds else ():
         if condition not in found:
             jobs, path, recipe = _cost_record(plan, condition)
             say(f"Timing {len(jobs)} norms under {condition!r}.")
-            found[condition] = _measure(plan, jobs, gpus)
+            found[condition], errors = _measure(plan, jobs, gpus)
             content = {"recipe": recipe, "values": found[condition]}
-            write_text(path, json.dumps(content, indent=1))
-    return found
+            if found[condition]:
+                write_text(path, json.dumps(content, indent=1))
+            failed += [f"{error} To measure this norm again, delete {path}" for error in errors]
+    return found, failed
 
 
 def known_costs(plan: Plan) -> Costs:
@@ -68,23 +69,33 @@ def _cost_record(plan: Plan, condition: str) -> tuple[dict[str, Job], Path, dict
     return jobs, path, recipe
 
 
-def _measure(plan: Plan, jobs: dict[str, Job], gpus: list[str]) -> dict[str, dict[str, float]]:
-    seconds, memory = defaultdict(list), defaultdict(list)
+def _measure(
+    plan: Plan, jobs: dict[str, Job], gpus: list[str]
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Return {norm: its costs}, and the errors of the norms that failed."""
+    seconds, memory, failed = defaultdict(list), defaultdict(list), {}
     for _ in range(plan.study.timing.rounds):
         for norm, job in jobs.items():
-            time, peak = _one(plan, job, gpus)
+            if norm in failed:
+                continue
+            try:
+                time, peak = _one(plan, job, gpus)
+            except ChildProcessError as error:
+                failed[norm] = str(error)
+                continue
             seconds[norm].append(time)
             memory[norm].append(peak)
-    base = seconds.get(plan.study.timing.baseline)
+    done = {norm: times for norm, times in seconds.items() if norm not in failed}
+    base = done.get(plan.study.timing.baseline)
     values = {}
-    for norm in jobs:
+    for norm in done:
         values[norm] = {SECONDS: statistics.median(seconds[norm])}
         if all(memory[norm]):
             values[norm][MEMORY] = statistics.median(memory[norm])
         if base:
             ratios = [own / other for own, other in zip(seconds[norm], base, strict=True)]
             values[norm][RATIO] = statistics.median(ratios)
-    return values
+    return values, list(failed.values())
 
 
 def _one(plan: Plan, job: Job, gpus: list[str]) -> tuple[float, float]:
@@ -112,7 +123,7 @@ def _one(plan: Plan, job: Job, gpus: list[str]) -> tuple[float, float]:
     if process.returncode:
         raise ChildProcessError(
             f"timing {job.norm} ended with exit code {process.returncode}: {output} says why. "
-            f"The command: {stage.shown()}"
+            f"The command: {stage.shown()}."
         )
     times = read_curves(folder / "metrics.json")["time"][1]
     allocated = _MAX_MEM.findall(output.read_text(errors="replace"))

@@ -5,10 +5,11 @@ import sys
 
 import pytest
 
-from refbn_d2.study.adaptation import Adaptation, main
+from refbn_d2.study.adaptation import Adaptation, _earlier_rows, main
 from refbn_d2.study.plan import Plan
-from refbn_d2.study.results import read_csv
+from refbn_d2.study.results import Row, read_csv, write_csv
 from refbn_d2.study.spec import load_study
+from refbn_d2.utils.errors import ConfigError
 
 
 def run(module, *arguments):
@@ -29,6 +30,25 @@ def test_numbers_that_make_no_sense(flag, coco, content, written, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["adaptation", "--study", str(written(content)), flag])
     with pytest.raises(SystemExit, match="{} is {}; allowed: ".format(*flag.split("="))):
         main()
+
+
+def test_a_study_without_ap(coco, content, written, monkeypatch):
+    study = written(content | {"evaluate": {"metrics": ["bbox/AP50"]}})
+    monkeypatch.setattr(sys, "argv", ["adaptation", "--study", str(study)])
+    with pytest.raises(SystemExit, match=r"mine.yaml: adaptation needs bbox/AP or segm/AP in eval"):
+        main()
+
+
+def test_results_of_other_options_are_left_alone(tmp_path):
+    (tmp_path / "results.yaml").write_text("images: 4")
+    write_csv(
+        [Row("mine", "BN", 1, "all", "bbox/AP", 20.0, 8, "done", "x")], tmp_path / "results.csv"
+    )
+    assert len(_earlier_rows(tmp_path, "images: 4")) == 1
+    with pytest.raises(
+        ConfigError, match="results.csv has the results of other options.*move both"
+    ):
+        _earlier_rows(tmp_path, "images: 7")
 
 
 @pytest.mark.slow

@@ -80,6 +80,15 @@ def test_tuning_leaves_the_test_set_alone(coco, content, written, tmp_path):
     assert sorted(ids(sets.train_set(None)) + ids(sets.test)) == list(range(10, 22))
 
 
+def test_corrupted_pictures_without_an_object(coco, content, written, tmp_path):
+    file = coco / "val.json"
+    empty = json.loads(file.read_text()) | {"annotations": []}
+    file.write_text(json.dumps(empty))
+    content["evaluate"] = {"corruptions": {"names": ["fog"], "severities": [1], "images": 4}}
+    with pytest.raises(DataError, match="val.json: the 4 pictures for the corruptions have no obj"):
+        detection(content, written, tmp_path / "out").make([None])
+
+
 def test_corrupted_pictures(coco, content, written, tmp_path):
     content["evaluate"] = {
         "corruptions": {"names": ["fog", "contrast"], "severities": [2, 4], "images": 4}
@@ -181,6 +190,13 @@ def test_classification_sets(classification, tmp_path):
     overrides = sets.training("noise")
     assert overrides[overrides.index("DATASETS.TRAIN") + 1] == str(data / "train_without_noise")
     assert overrides[overrides.index("DATASETS.TEST") + 1] == "val"
+
+
+def test_a_broken_picture_is_named_when_it_is_corrupted(classification, tmp_path):
+    for path in (tmp_path / "val").glob("*/*.png"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"val: a/0_plain.png cannot be read: .*truncated"):
+        classification(evaluate={"corruptions": {"names": ["fog"], "severities": [1]}}).make([None])
 
 
 def test_fewer_corrupted_pictures_than_classes(classification):

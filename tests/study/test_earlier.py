@@ -20,6 +20,7 @@ from refbn_d2.utils.errors import ConfigError
 DONE = Row("mine", "BN", 1, "two iid", "bbox/AP", 20.0, 8, "done", "x")
 DIVERGED = Row("mine", "GN", 1, "two iid", "bbox/AP", math.nan, 0, "diverged", "x")
 FAILED = Row("mine", "GN", 2, "two iid", "bbox/AP", math.nan, 0, "failed", "x")
+FOG = {"names": ["fog"], "severities": [1]}
 COST = Row("mine", "GN", None, "two iid", "seconds a step", 0.5, 3, "done", "x")
 
 
@@ -139,6 +140,7 @@ def test_runs_that_lack_a_metric_are_repeated(plan_of, tmp_path, capsys):
         ({"metrics": ["bbox/AP", "segm/AP"]}, "segm/AP"),
         ({"metrics": ["bbox/AP"], "steps_to": {"total_loss": 1.5}}, "steps to total_loss 1.5"),
         ({"metrics": ["bbox/AP"], "domains": True}, "bbox/AP@<domain>"),
+        ({"metrics": ["bbox/AP"], "corruptions": FOG}, "bbox/AP~fog/1"),
     ):
         earlier = earlier_results(file, plan_of(evaluate=evaluate))
         assert list(earlier) == [("GN", "two iid", 1)]  # it diverged
@@ -198,7 +200,7 @@ def test_results_are_written_whatever_the_timing_does(call, plan_of, tmp_path, m
 
     def fail(plan, gpus):
         assert plan.sets.train_set("night").json_file.exists()
-        raise ChildProcessError("timing BN ended")
+        return {}, ["timing BN ended"]
 
     monkeypatch.setattr("refbn_d2.study.measure.measure_timing", fail)
     with pytest.raises(ChildProcessError, match="timing BN ended"):
@@ -208,7 +210,7 @@ def test_results_are_written_whatever_the_timing_does(call, plan_of, tmp_path, m
     about = yaml.safe_load((tmp_path / "out/results.yaml").read_text())
     assert about["settings"] == plan.settings()
     costs = {"day": {"BN": {"seconds a step": 0.5}}}
-    monkeypatch.setattr("refbn_d2.study.measure.measure_timing", lambda plan, gpus: costs)
+    monkeypatch.setattr("refbn_d2.study.measure.measure_timing", lambda plan, gpus: (costs, []))
     call(have=file, **changes)
     assert [row.value for row in read_csv(tmp_path / "out/results.csv")] == [20.0, 20.0, 20.0, 0.5]
 
@@ -226,13 +228,44 @@ def test_one_run_again_leaves_what_was_timed(call, content, tmp_path, monkeypatc
     assert not [r for r in read_csv(tmp_path / "out/results.csv") if r.seed is None]
 
 
+def test_results_whose_runs_are_gone_are_not_replaced(call, tmp_path):
+    (tmp_path / "out").mkdir()
+    file = results(tmp_path / "out", [DONE], code_hash())
+    before = file.read_text()
+    with pytest.raises(
+        ConfigError, match="results.csv has the results of run/BN/two iid/1, but .*lost"
+    ):
+        call(only="norm=GN,seed=1")
+    assert file.read_text() == before
+
+
+def test_a_norm_that_fails_leaves_the_costs_of_the_others(call, tmp_path, monkeypatch):
+    file, timing = results(tmp_path, [DONE], code_hash()), {"timing": {"rounds": 2}}
+    started = []
+
+    def one(plan, job, gpus):
+        started.append(job.norm)
+        if job.norm == "GN" and len(started) > 2:
+            raise ChildProcessError("timing GN ended with exit code 1.")
+        return 0.5, 0.0
+
+    monkeypatch.setattr("refbn_d2.study.timing._one", one)
+    with pytest.raises(ChildProcessError, match="timing GN .*measure this norm again, delete .*js"):
+        call(have=file, **timing)
+    assert started == ["BN", "GN"] * 2
+    costs = [r for r in read_csv(tmp_path / "out/results.csv") if r.seed is None]
+    assert [(r.norm, r.metric) for r in costs] == [("BN", "seconds a step"), ("BN", "time ratio")]
+    call(have=file, **timing)
+    assert len(started) == 4
+
+
 def test_failures_of_runs_and_of_the_timing_are_both_told(call, plan_of, tmp_path, monkeypatch):
     def fail(self):
         record = self.records[self.jobs[0].id]
         record.write(status="failed", error="out of memory")
 
     def fail_too(plan, gpus):
-        raise ChildProcessError("timing BN ended with exit code 1")
+        return {}, ["timing BN ended with exit code 1"]
 
     monkeypatch.setattr(Runner, "run", fail)
     monkeypatch.setattr("refbn_d2.study.measure.measure_timing", fail_too)

@@ -180,8 +180,8 @@ def load_images(cfg, training: bool) -> ImageSets:
     """Return the images; if DATASETS.ROOT is "", the embedded shapes, drawn on first use.
 
     Raises:
-        FileNotFoundError, ConfigError: see `ImageSet`; or the two sets have different classes, or
-            another number of classes than MODEL.NUM_CLASSES.
+        FileNotFoundError, ConfigError: see `ImageSet`; or the two sets have different classes, one
+            class, or another number of classes than MODEL.NUM_CLASSES.
     """
     if cfg.DATASETS.ROOT:
         root = datasets_root() / Path(cfg.DATASETS.ROOT).expanduser()
@@ -196,6 +196,11 @@ def load_images(cfg, training: bool) -> ImageSets:
     train = ImageSet(root / cfg.DATASETS.TRAIN) if training else None
     if train and train.class_to_idx != test.class_to_idx:
         raise ConfigError(_differing_classes(train, test))
+    if test.num_classes < 2:
+        raise ConfigError(
+            f"{test.path} has only one class; a classifier needs two or more: put the images of "
+            "each class into a folder that has its name (docs/pretraining.md has the layouts)"
+        )
     if cfg.MODEL.NUM_CLASSES not in (0, test.num_classes):
         raise ConfigError(
             f"MODEL.NUM_CLASSES = {cfg.MODEL.NUM_CLASSES}, but {(train or test).path} has "

@@ -139,6 +139,13 @@ def test_validation_images_outside_of_class_folders(cfg, copy):
         load_images(cfg, training=True)
 
 
+def test_images_outside_of_class_folders_are_no_class(cfg, copy):
+    for file in list(copy.glob("*/*/*.png")):
+        file.rename(file.parents[1] / file.name)
+    with pytest.raises(ConfigError, match="/val has only one class; a classifier needs two"):
+        load_images(cfg, training=True)
+
+
 def test_number_of_classes(cfg):
     cfg.MODEL.NUM_CLASSES = 12
     load_images(cfg, training=True)

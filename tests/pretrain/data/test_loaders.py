@@ -141,6 +141,19 @@ def test_unknown_augmentation(cfg, notation):
         build_transform(cfg, training=True)
 
 
+def test_16_bit_gray_keeps_its_high_byte(cfg, copy):
+    file = next((copy / "val/arrow").iterdir())
+    gray = np.asarray(Image.open(file).convert("L"))
+    found = []
+    for pixels in (gray, gray.astype(np.uint16) * 256 + 77):
+        Image.fromarray(pixels).save(file)
+        images = load_images(cfg, training=False).test
+        index = images.reader.filenames().index(f"arrow/{file.name}")
+        transform = build_transform(cfg, training=False)
+        found.append(Samples(images, transform, replace=False).sample(index, 0)[0])
+    assert torch.equal(*found) and found[0].float().std() > 0
+
+
 # ---- images that cannot be read
 
 
