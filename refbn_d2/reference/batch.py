@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from refbn_d2.config import RefBNOptions
@@ -29,6 +28,7 @@ from refbn_d2.reference.inputs import (
     Sample,
     first_tensor,
     infer_inputs,
+    with_rows,
     without_last_rows,
 )
 from refbn_d2.reference.isolation import untouched, with_weights_of
@@ -352,11 +352,8 @@ class ReferenceBatch:
             return None
         place, batch = first_tensor(args, kwargs)
         assert self._inputs.rows is not None  # the constructor checked it
-        rows = self._inputs.rows(self._appended, batch).to(batch)
-        if batch.is_contiguous(memory_format=torch.channels_last):
-            rows = rows.contiguous(memory_format=torch.channels_last)
+        longer = with_rows(batch, self._inputs.rows(self._appended, batch))
         self._was_appended = True
-        longer = torch.cat([batch, rows])
         self._rows_in_flight = len(longer)
         return ((longer, *args[1:]), kwargs) if args else (args, {**kwargs, place: longer})
 

@@ -1,6 +1,8 @@
 """Infer how reference images are passed to a model."""
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from refbn_d2.reference.detection import image_rows, transformed_rows
+
+logger = logging.getLogger(__name__)
 
 Sample = Any  # one image, as the model takes it in training
 
@@ -92,6 +96,26 @@ def first_tensor(args: Sequence, kwargs: Mapping[str, Any]) -> tuple[int | str, 
         "The module that a slice is appended to must take its batch as first argument, or by "
         f"keyword, as one tensor (N, C, H, W); it was called with {', '.join(given) or 'nothing'}. "
         'Set MODEL.REFBN.REFRESH to "slice".'
+    )
+
+
+def with_rows(batch: Tensor, rows: Tensor) -> Tensor:
+    """Append `rows` (k, C, H, W) to `batch` (N, C, H, W), in its dtype and memory format."""
+    if len(rows) > len(batch):
+        _warn_of_memory(len(batch), len(rows))
+    rows = rows.to(batch)
+    if batch.is_contiguous(memory_format=torch.channels_last):
+        rows = rows.contiguous(memory_format=torch.channels_last)
+    return torch.cat([batch, rows])
+
+
+@functools.cache
+def _warn_of_memory(batch: int, rows: int) -> None:
+    logger.warning(
+        "A step with a slice of the reference holds %d images of it beside the batch's %d. If "
+        "memory is short, lower MODEL.REFBN.SLICE_SIZE to about SOLVER.IMS_PER_BATCH.",
+        rows,
+        batch,
     )
 
 

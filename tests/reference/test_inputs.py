@@ -10,7 +10,7 @@ from torch import nn
 
 from refbn_d2 import ReferenceBatch, convert_to_refbn
 from refbn_d2.layers import refbn_layers
-from refbn_d2.reference.inputs import without_last_rows
+from refbn_d2.reference.inputs import _warn_of_memory, with_rows, without_last_rows
 
 
 def classifier():
@@ -193,3 +193,16 @@ def test_rows_are_dropped_from_any_container():
     assert type(ordered) is OrderedDict and ordered["p3"][0].tolist() == [0, 1, 2]
     with pytest.raises(TypeError, match="returns a str"):
         without_last_rows("features", 1)
+
+
+def test_rows_take_the_batch_s_form_and_more_than_the_batch_are_told_once(caplog):
+    _warn_of_memory.cache_clear()
+    batch = torch.randn(2, 3, 4, 5).bfloat16().contiguous(memory_format=torch.channels_last)
+    rows = torch.randn(3, 3, 4, 5)
+    for part in (rows[:2], rows, rows):
+        longer = with_rows(batch, part)
+        assert longer.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(longer, torch.cat([batch, part.bfloat16()]))
+    assert [r.getMessage().partition(".")[0] for r in caplog.records] == [
+        "A step with a slice of the reference holds 3 images of it beside the batch's 2"
+    ]
