@@ -6,6 +6,7 @@ docs/measuring.md explains every key. The whole file is checked before anything 
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ CURVES = {  # names in metrics.json that `steps_to` can use
     "classification": ("total_loss", "train/top1", "val/top1", "val/loss"),
 }  # fmt: skip
 _DEFAULT_METRICS = {"detection": ["bbox/AP", "segm/AP"], "classification": ["error"]}
-_NOT_IN_NAMES = set(',=/"\n')  # of norms and conditions: `--only` and CSV files need them
+_NOT_IN_NAMES = set(',=/"\\$')  # of norms and conditions: `--only`, CSV files, charts
 
 Overrides = dict[str, Any]  # full config key -> value
 
@@ -220,6 +221,8 @@ class _Reader:
     def choices(self, value: Any, where: str, known: Iterable[str]) -> tuple[str, ...]:
         if not isinstance(value, list):
             raise self.error(where, f"is {value!r}; write a list: [{value}]")
+        if not value:
+            raise self.error(where, f"is empty; choose one or more{closest('', known)}")
         chosen = tuple(self.choice(str(name), where, known) for name in value)
         if len(set(chosen)) < len(chosen):
             raise self.error(where, f"{value} names one twice; remove it")
@@ -244,8 +247,10 @@ class _Reader:
         return dict(value or {})
 
     def seeds(self, value: Any) -> tuple[int, ...]:
-        if not isinstance(value, list) or not all(type(v) is int and v >= 0 for v in value):
-            raise self.error("seeds", f"is {value!r}; write a list of integers from 0: [1, 2, 3]")
+        if not isinstance(value, list) or not all(type(v) is int and 0 <= v < 2**32 for v in value):
+            raise self.error(
+                "seeds", f"is {value!r}; write a list of integers from 0 to 2^32 - 1: [1, 2, 3]"
+            )
         if len(set(value)) < len(value):
             raise self.error("seeds", f"{value} names a seed twice; remove one")
         return tuple(value)
@@ -255,8 +260,15 @@ class _Reader:
             raise self.error(where, f"is {value!r}; write `name:` sections")
         sections = {str(name): section for name, section in value.items()}
         for name in sections:
-            if not name.strip() or _NOT_IN_NAMES & set(name):
-                raise self.error(where, f"the name {name!r} must not contain , = / or quotes")
+            if (
+                not any(map(str.isalnum, name)) or not name.isprintable() or name != name.strip()
+                or _NOT_IN_NAMES & set(name)
+            ):  # fmt: skip
+                raise self.error(
+                    where,
+                    f"the name {name!r} must have a letter or a digit, no blank at its ends, and "
+                    'none of , = / \\ $ " and control characters',
+                )
         return sections
 
     def norms(self, value: Any) -> dict[str, Norm]:
@@ -286,6 +298,8 @@ class _Reader:
             if not isinstance(pretrained, bool):
                 raise self.error(f"{where}.pretrained", f"is {pretrained!r}; write true or false")
             hold_out = section.get("hold_out")
+            if hold_out == "":
+                raise self.error(f"{where}.hold_out", "is empty; name a domain, or remove it")
             conditions[name] = Condition(
                 name, self.overrides(section.get("overrides"), f"{where}.overrides"),
                 chosen, pretrained, None if hold_out is None else str(hold_out),
@@ -335,7 +349,7 @@ class _Reader:
         for curve, targets in self.section_of_targets(section.get("steps_to")).items():
             self.choice(curve, "evaluate.steps_to", CURVES[task])
             targets = targets if isinstance(targets, list) else [targets]
-            if not all(isinstance(t, int | float) for t in targets):
+            if not targets or not all(type(t) in (int, float) and isfinite(t) for t in targets):
                 raise self.error(f"evaluate.steps_to.{curve}", f"is {targets!r}; write numbers")
             steps_to[curve] = tuple(map(float, targets))
         return Evaluate(metrics, domains, names, severities, images, steps_to)
@@ -356,10 +370,14 @@ class _Reader:
             names = list({"subset": SUBSET, "full": CORRUPTIONS}.get(names, (names,)))
         names = self.choices(names, f"{where}.names", CORRUPTIONS)
         severities = section.get("severities", list(SEVERITIES))
-        if not isinstance(severities, list) or not all(
-            type(severity) is int and severity in SEVERITIES for severity in severities
-        ):
-            raise self.error(f"{where}.severities", f"is {severities!r}; allowed: some of 1 to 5")
+        if (
+            not isinstance(severities, list) or not severities
+            or not all(type(s) is int and s in SEVERITIES for s in severities)
+            or len(set(severities)) < len(severities)
+        ):  # fmt: skip
+            raise self.error(
+                f"{where}.severities", f"is {severities!r}; allowed: some of 1 to 5, each once"
+            )
         return names, tuple(severities), self.count(section, where, "images")
 
     def timing(

@@ -1,5 +1,7 @@
 """Study files that are allowed, and the errors for others."""
 
+import re
+
 import pytest
 
 from refbn_d2.data.corruptions import CORRUPTIONS
@@ -39,7 +41,19 @@ def test_what_is_read(content, written):
         ({"seeds": [1, 1]}, r"seeds: \[1, 1\] names a seed twice"),
         ({"seeds": 3}, r"seeds: is 3; write a list"),
         ({"seeds": []}, r"seeds: is missing"),
-        ({"norms": {"a,b": {}}}, r"the name 'a,b' must not contain"),
+        *(
+            ({"norms": {name: {}}}, rf"the name {re.escape(repr(name))} must have a letter or a di")
+            for name in ("a,b", "..", "", " a", r"$\x$", "a\rb", "a/b")
+        ),
+        ({"seeds": [2**32]}, r"seeds: is \[4294967296\]; .* from 0 to 2\^32 - 1"),
+        ({"conditions": {"x": {"hold_out": ""}}}, r"conditions.x.hold_out: is empty; name a dom"),
+        ({"evaluate": {"corruptions": {"names": []}}}, r"corruptions.names: is empty; choose one"),
+        ({"evaluate": {"corruptions": {"severities": []}}}, r"severities: is \[\]; .*1 to 5"),
+        ({"evaluate": {"corruptions": {"severities": [1, 1]}}}, r"is \[1, 1\]; .* each once"),
+        *(
+            ({"evaluate": {"steps_to": {"total_loss": target}}}, r"total_loss: is .*write numbers")
+            for target in (True, float("nan"), [], [1, float("inf")])
+        ),
         ({"overrides": {"SEED": 3}}, r"SEED is set by the study itself"),
         ({"overrides": {"SOLVER": {"BASE_LR": 1}}}, r"write full keys"),
         ({"norms": {"BN": {"pretrain": {"A.B": 1}}}}, r"no section `pretrain`"),
