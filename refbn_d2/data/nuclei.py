@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     try:
         counts = convert(args.folder, args.out, args.seed)
-    except DataError as error:
+    except (DataError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     for split, domains in counts.items():
         of = ", ".join(f"{domains[name]} {name}" for name in DOMAINS if name in domains)

@@ -224,6 +224,8 @@ def test_command(tmp_path, capsys):
     assert load(tmp_path / "out", "val")["info"]["generator"] == "refbn_d2.data.nuclei"
     with pytest.raises(SystemExit, match="error: .*out exists"):
         main([str(tmp_path / "in"), str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="error: .*out/train.json"):
+        main([str(tmp_path / "in"), str(tmp_path / "out/train.json/out")])
     with pytest.raises(SystemExit):
         main([str(tmp_path / "in"), str(tmp_path / "new"), "--seed", "-1"])
     assert "--seed is -1" in capsys.readouterr().err
