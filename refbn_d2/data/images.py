@@ -90,6 +90,8 @@ def _upright(image: Image.Image) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return the picture in RGB; 16-bit gray keeps its high byte, where PIL would make it white.
 
+    32-bit gray counts as 16-bit, or as 8-bit if no value is above 255.
+
     Raises:
         ValueError: its values do not fit 8 or 16 bits.
     """
@@ -98,4 +100,5 @@ def to_rgb(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if not np.issubdtype(values.dtype, np.integer) or values.min() < 0 or values.max() > 65535:
         raise ValueError(f"it is of mode {image.mode}; convert it to 8 or 16 bits per channel")
-    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    eight_bits = image.mode == "I" and values.max() <= 255
+    return Image.fromarray((values >> (0 if eight_bits else 8)).astype(np.uint8)).convert("RGB")

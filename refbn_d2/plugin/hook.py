@@ -151,10 +151,11 @@ class PeerRestartHook(HookBase):
 
 def _log_as_detectron2() -> None:
     """Log to Detectron2's handlers if the script has set up only those."""
-    ours = logging.getLogger("refbn_d2")
+    ours, theirs = logging.getLogger("refbn_d2"), logging.getLogger("detectron2")
     if not ours.handlers:
-        for handler in logging.getLogger("detectron2").handlers:
+        for handler in theirs.handlers:
             ours.addHandler(handler)
+            ours.propagate = theirs.propagate  # False: root's handlers would repeat each line
         ours.setLevel(logging.INFO)
 
 

@@ -4,10 +4,9 @@
 
     get_norm                    knows "RefBN", "RefIN" and peers, also where imported before
     RetinaNetHead               gives them one layer per pyramid level, as it does for BN
-    training loaders            read DATALOADER.BATCH_COMPOSITION
-    build_model                 sets the layers by MODEL.REFBN, links CBN and MABN to their
-                                convolutions
-    both of these               register DATASETS.REGISTER
+    training loaders            read DATALOADER.BATCH_COMPOSITION, and register DATASETS.REGISTER
+    build_model                 registers it too, sets the layers by MODEL.REFBN, and links CBN and
+                                MABN to their convolutions
     config defaults             have MODEL.REFBN, DATASETS.REGISTER and the other new keys
     TrainerBase.register_hooks  adds a `ReferenceBatchHook` if the model has RefBN, and a
                                 `PeerRestartHook` if it has peers

@@ -89,7 +89,7 @@ def measure(args: argparse.Namespace) -> None:
     about = About(
         f"{study.name}_adaptation", f"{study.title}, a new camera", study.baseline,
         TEXT.format(args.images), _command(study, args.images, args.prior_images),
-        code=code_hash(),
+        code=code_hash("study/adaptation.py"),
     )  # fmt: skip
     header = yaml.safe_dump(vars(about), sort_keys=False, width=100)
     folder /= "adaptation"
@@ -121,8 +121,8 @@ def _earlier_rows(folder: Path, header: str) -> dict[tuple, Row]:
         return {}
     if not about.is_file() or about.read_text() != header:
         raise ConfigError(
-            f"{file} has the results of other options or of another version of the code, as "
-            f"{about.name} says. They are not mixed: move both files"
+            f"{file} has the results of other options or of another version of the code (see "
+            f"{about.name}). They are not mixed: move both files"
         )
     return {_key(row): row for row in read_csv(file)}
 

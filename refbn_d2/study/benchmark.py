@@ -8,6 +8,8 @@ first config's, and on a GPU peak memory. The pictures are synthetic: no data se
 """
 
 import argparse
+import sys
+from contextlib import nullcontext
 from statistics import median
 
 import torch
@@ -44,17 +46,17 @@ def timers(shape: tuple[int, ...], args: argparse.Namespace) -> dict[str, Timer]
     if args.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     x.requires_grad_()
-    half = torch.autocast(args.device, x.dtype, enabled=x.dtype != torch.float32)
+    autocast = torch.autocast(x.device.type, x.dtype) if args.dtype != "float32" else nullcontext()
     found = {}
     for name, layer in layers(shape[1]).items():
         layer.to(args.device)
-        with half:  # on a GPU, GroupNorm returns float32
+        with autocast:  # on a GPU, GroupNorm returns float32
             gradient = torch.randn_like(layer(x))
+        names = {"torch": torch, "layer": layer, "x": x, "gradient": gradient, "cast": autocast}
         found[name] = Timer(
-            "with half: y = layer(x)\ntorch.autograd.backward(y, gradient); x.grad = None",
-            globals={"torch": torch, "layer": layer, "x": x, "gradient": gradient, "half": half},
-            num_threads=args.threads,
-        )
+            "with cast: y = layer(x)\ntorch.autograd.backward(y, gradient); x.grad = None",
+            globals=names, num_threads=args.threads,
+        )  # fmt: skip
     return found
 
 
@@ -70,7 +72,12 @@ def parser() -> argparse.ArgumentParser:
         help="of the pictures; default: 800 1333",
     )  # fmt: skip
     detectors.add_argument("--images", type=int, default=2, help="in a step; default: 2")
-    detectors.add_argument("--steps", type=int, default=16, help="in a round; default: 16")
+    detectors.add_argument(
+        "--steps",
+        type=int,
+        default=16,
+        help="in a round, a multiple of MODEL.REFBN.REFRESH_PERIOD; default: 16",
+    )
     detectors.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE",
         help="config keys and values for all detectors; the last option",
@@ -91,8 +98,14 @@ def run(args: argparse.Namespace) -> None:
     for name in ("rounds", "steps", "images"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} {getattr(args, name)}; allowed: 1 or more")
-    print(f"# {args}")
+    on = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{args.threads} threads"
+    print(f"# {' '.join(sys.argv[1:])}\n# torch {torch.__version__}, {on}")
     if args.config_file:
+        if args.device != "cpu" or args.dtype != "float32" or args.channels_last:
+            raise ConfigError(
+                "--device, --dtype and --channels-last are for the layers; with --config-file, set "
+                "MODEL.DEVICE and SOLVER.AMP.ENABLED after --opts"
+            )
         from refbn_d2.study.step_benchmark import compare_steps
 
         print(

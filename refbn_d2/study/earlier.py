@@ -12,6 +12,7 @@ from refbn_d2.study.runner import say
 from refbn_d2.utils.errors import ConfigError
 
 Run = tuple[str, str, int]  # norm, condition, seed
+LOST = ("failed", "not run")  # the status of rows without a result
 
 
 def earlier_results(file: Path, plan: Plan, same_code: str = "") -> Mapping[Run, list[Row]]:
@@ -49,8 +50,7 @@ def earlier_results(file: Path, plan: Plan, same_code: str = "") -> Mapping[Run,
     for row in rows:
         if row.seed is not None:
             runs.setdefault((row.norm, row.condition, row.seed), []).append(row)
-    lost = ("failed", "not run")
-    runs = {run: own for run, own in runs.items() if not any(r.status in lost for r in own)}
+    runs = {run: own for run, own in runs.items() if not any(r.status in LOST for r in own)}
     for norm, condition, seed in runs:
         known = condition in study.conditions and norm in study.conditions[condition].norms
         if not known or seed not in study.seeds:
@@ -64,8 +64,10 @@ def earlier_results(file: Path, plan: Plan, same_code: str = "") -> Mapping[Run,
         say(f"Warning: {yaml} has no `settings`, so those of its runs cannot be compared.")
     lacking = {run: _lacking(own, plan) for run, own in runs.items()}
     if repeated := [run for run in runs if lacking[run]]:
-        metrics = dict.fromkeys(metric for run in repeated for metric in lacking[run])
-        say(f"{len(repeated)} runs of {file} are repeated: they have no {', '.join(metrics)}.")
+        names = list(dict.fromkeys(metric for run in repeated for metric in lacking[run]))
+        more = f" and {len(names) - 3} more metrics" if len(names) > 3 else ""
+        lacks = ", ".join(names[:3]) + more
+        say(f"{len(repeated)} runs of {file} are repeated: they have no {lacks}.")
     return {run: own for run, own in runs.items() if not lacking[run]}
 
 

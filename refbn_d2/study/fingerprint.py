@@ -12,19 +12,23 @@ from refbn_d2.utils.errors import ConfigError
 # (configs/ is in a wheel only, and the recipe of a run holds their values.)
 _NO_NUMBERS = ("visualization", "export", "quickstart", "study", "env_info.py", "configs")
 _BUT = (
-    "export/convert_file.py", "study/adaptation.py", "study/class_folders.py",
-    "study/classification.py", "study/data.py", "study/evaluation.py", "study/sampling.py",
+    "export/convert_file.py", "study/class_folders.py", "study/classification.py", "study/data.py",
+    "study/evaluation.py", "study/sampling.py",
 )  # fmt: skip
 
 
 @cache
-def code_hash() -> str:
-    """Return a hash of the package's code without its comments, docstrings and formatting."""
+def code_hash(*more: str) -> str:
+    """Return a hash of the package's code without its comments, docstrings and formatting.
+
+    Args:
+        more: files that do not change the numbers of a run, but those of another result.
+    """
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         place = path.relative_to(root)
-        if place.parts[0] not in _NO_NUMBERS or place.as_posix() in _BUT:
+        if place.parts[0] not in _NO_NUMBERS or place.as_posix() in _BUT + more:
             digest.update(f"{place.as_posix()}\n{normalized(path.read_text())}\n".encode())
     return digest.hexdigest()[:16]
 

@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from refbn_d2.study.bootstrap import bootstrap
 from refbn_d2.study.data import DetectionSets
-from refbn_d2.study.earlier import Run, earlier_results
+from refbn_d2.study.earlier import LOST, Run, earlier_results
 from refbn_d2.study.evaluation import evaluate_run
 from refbn_d2.study.fingerprint import code_hash
 from refbn_d2.study.plan import Plan, parse_only, plain
 from refbn_d2.study.report import About, drawn, html, markdown
 from refbn_d2.study.results import Row, read_csv, write_csv
-from refbn_d2.study.runner import Record, Runner, say
+from refbn_d2.study.runner import ENDED, Record, Runner, say
 from refbn_d2.study.spec import Study, load_study
 from refbn_d2.study.tables import table_of
 from refbn_d2.study.timing import Costs, known_costs, measure_timing
@@ -73,14 +73,15 @@ def measure(args: argparse.Namespace) -> None:
         write_results(plan, folder, known_costs(plan), resampled, earlier)
         problems = []
         if failed:
-            problems.append(f"{len(failed)} of {len(jobs)} jobs failed")
+            many = f"{len(failed)} of {len(jobs)} jobs failed"
+            problems.append(f"{many}; start the study again to retry them")
             problems += [f"{r.job.folder}: {r.content['error']}" for r in failed[:5]]
         if timed:
             costs, errors = measure_timing(plan, runner.gpus)
             write_results(plan, folder, costs, resampled, earlier)
             problems += errors
     if problems:
-        raise ChildProcessError("start the study again to retry: " + "; ".join(problems))
+        raise ChildProcessError("; ".join(problems))
 
 
 def engine_of(name: str) -> str:
@@ -123,16 +124,16 @@ def check_results(plan: Plan, file: Path, runs: Container[Run]) -> None:
     """Return if `file`, which will be replaced, has no result that would be lost.
 
     Args:
-        runs: those that will be in the new file, beside those in the folder.
+        runs: those that are started now, or that --have has.
 
     Raises:
-        ConfigError: it has the result of a run whose folder is gone.
+        ConfigError: it has the result of another run, whose folder is gone.
     """
     if not file.exists():
         return
-    done = {(row.norm, row.condition, row.seed) for row in read_csv(file) if row.status == "done"}
+    ended = {(r.norm, r.condition, r.seed) for r in read_csv(file) if r.status not in LOST}
     for job in plan.runs:
-        if job.run in done and job.run not in runs and not Record(job).done:
+        if job.run in ended and job.run not in runs and Record(job).status not in ENDED:
             raise ConfigError(
                 f"{file} has the results of {job.id}, but {job.folder} has not, and they would be "
                 "lost: move results.csv and results.yaml elsewhere, and name the CSV in --have"

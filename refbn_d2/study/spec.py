@@ -6,7 +6,6 @@ docs/measuring.md explains every key. The whole file is checked before anything 
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -218,11 +217,15 @@ class _Reader:
             raise self.error(where, f"{value!r} is unknown{closest(value, known)}")
         return value
 
-    def choices(self, value: Any, where: str, known: Iterable[str]) -> tuple[str, ...]:
+    def choices(
+        self, value: Any, where: str, known: Iterable[str], default: Iterable[str] = ()
+    ) -> tuple[str, ...]:
+        if value is None:
+            return tuple(default)
         if not isinstance(value, list):
             raise self.error(where, f"is {value!r}; write a list: [{value}]")
         if not value:
-            raise self.error(where, f"is empty; choose one or more{closest('', known)}")
+            raise self.error(where, f"is empty; choose from {', '.join(known)}")
         chosen = tuple(self.choice(str(name), where, known) for name in value)
         if len(set(chosen)) < len(chosen):
             raise self.error(where, f"{value} names one twice; remove it")
@@ -293,12 +296,12 @@ class _Reader:
             where = f"conditions.{name}"
             keys = ("overrides", "norms", "pretrained", "hold_out", "text")
             section = self.section(section, where, keys)
-            chosen = self.choices(section.get("norms") or list(norms), f"{where}.norms", norms)
+            chosen = self.choices(section.get("norms"), f"{where}.norms", norms, norms)
             pretrained = section.get("pretrained", True)
             if not isinstance(pretrained, bool):
                 raise self.error(f"{where}.pretrained", f"is {pretrained!r}; write true or false")
             hold_out = section.get("hold_out")
-            if hold_out == "":
+            if hold_out is not None and not str(hold_out).strip():
                 raise self.error(f"{where}.hold_out", "is empty; name a domain, or remove it")
             conditions[name] = Condition(
                 name, self.overrides(section.get("overrides"), f"{where}.overrides"),
@@ -339,8 +342,9 @@ class _Reader:
 
     def evaluate(self, value: Any, task: str) -> Evaluate:
         section = self.section(value, "evaluate", ("metrics", "domains", "corruptions", "steps_to"))
-        metrics = section.get("metrics") or list(_DEFAULT_METRICS[task])
-        metrics = self.choices(metrics, "evaluate.metrics", METRICS[task])
+        metrics = self.choices(
+            section.get("metrics"), "evaluate.metrics", METRICS[task], _DEFAULT_METRICS[task]
+        )
         domains = section.get("domains", False)
         if not isinstance(domains, bool):
             raise self.error("evaluate.domains", f"is {domains!r}; write true or false")
@@ -349,7 +353,7 @@ class _Reader:
         for curve, targets in self.section_of_targets(section.get("steps_to")).items():
             self.choice(curve, "evaluate.steps_to", CURVES[task])
             targets = targets if isinstance(targets, list) else [targets]
-            if not targets or not all(type(t) in (int, float) and isfinite(t) for t in targets):
+            if not targets or not all(type(t) in (int, float) and abs(t) < 1e9 for t in targets):
                 raise self.error(f"evaluate.steps_to.{curve}", f"is {targets!r}; write numbers")
             steps_to[curve] = tuple(map(float, targets))
         return Evaluate(metrics, domains, names, severities, images, steps_to)
@@ -384,8 +388,9 @@ class _Reader:
         self, value: Any, conditions: Mapping, norms: Mapping[str, Norm], baseline: str
     ) -> Timing:
         section = self.section(value, "timing", Timing.__dataclass_fields__)
-        chosen = section.get("conditions") or list(conditions)[:1]
-        chosen = self.choices(chosen, "timing.conditions", conditions)
+        chosen = self.choices(
+            section.get("conditions"), "timing.conditions", conditions, list(conditions)[:1]
+        )
         return Timing(
             self.count(section, "timing", "rounds", 3 if value else 0),
             self.count(section, "timing", "steps", 40, least=20), chosen,

@@ -39,8 +39,9 @@ def compare_steps(
         overrides: config keys and values for all of them.
         size: height and width of the pictures.
         num_images: in a step.
-        rounds: of which the median counts.
-        steps: a multiple of 4, so that every round has as many refreshes of the reference.
+        rounds: whose medians count, that of the times and that of their ratios.
+        steps: in a round, a multiple of MODEL.REFBN.REFRESH_PERIOD, so that every round has as many
+            refreshes of the reference.
     """
     with tempfile.TemporaryDirectory() as folder:
         shapes = make_detection(folder, size=size, num_train=64, num_val=1)
@@ -48,11 +49,10 @@ def compare_steps(
             _Run(file, overrides, shapes, size, num_images, Path(folder, str(number)))
             for number, file in enumerate(tqdm(config_files, "models", disable=None, leave=False))
         ]
-        batches = list(islice(runs[0].trainer.loader, BATCHES))
         with tqdm(total=rounds * len(runs), desc="steps", disable=None, leave=False) as bar:
             for _ in range(rounds):
                 for run in runs:
-                    run.measure(batches, steps)
+                    run.measure(steps)
                     bar.update()
     return _table(runs)
 
@@ -66,15 +66,12 @@ class _Run:
     ) -> None:  # fmt: skip
         cfg = get_cfg()
         cfg.merge_from_file(file)
-        data = (
-            "benchmark",
-            str(shapes / "annotations/instances_train.json"),
-            str(shapes / "train"),
-        )
-        (height, width), classes = size, len(CLASSES)
+        name = f"shapes of {shapes.parent}"  # a process can register a name only once
+        data = (name, str(shapes / "annotations/instances_train.json"), str(shapes / "train"))
+        classes = len(CLASSES)
         cfg.merge_from_list([
-            "DATASETS.REGISTER", (data,), "DATASETS.TRAIN", ("benchmark",), "DATASETS.TEST", (),
-            "INPUT.MIN_SIZE_TRAIN", (height,), "INPUT.MAX_SIZE_TRAIN", width,
+            "DATASETS.REGISTER", (data,), "DATASETS.TRAIN", (name,), "DATASETS.TEST", (),
+            "INPUT.MIN_SIZE_TRAIN", (min(size),), "INPUT.MAX_SIZE_TRAIN", max(size),
             "SOLVER.IMS_PER_BATCH", num_images, "SOLVER.BASE_LR", 1e-9, "MODEL.WEIGHTS", "",
             "MODEL.ROI_HEADS.NUM_CLASSES", classes, "MODEL.RETINANET.NUM_CLASSES", classes,
             "DATALOADER.NUM_WORKERS", 0, "TEST.EVAL_PERIOD", 0, *overrides,
@@ -89,21 +86,22 @@ class _Run:
         output_dir.mkdir()
         self.trainer = Trainer(cfg, output_dir)
         self.trainer.model.train()
-        self.steps(list(islice(self.trainer.loader, 1)), BATCHES)  # also allocates the momenta
+        self.batches = list(islice(self.trainer.loader, BATCHES))
+        self.steps(BATCHES)  # warms up, and allocates the momenta
         self.own = _allocated() - before  # weights, gradients, momenta, reference images
         self.peak = 0
 
-    def steps(self, batches: list, number: int) -> None:
+    def steps(self, number: int) -> None:
         for _ in range(number):
-            self.trainer.step(self.iteration, batches[self.iteration % len(batches)])
+            self.trainer.step(self.iteration, self.batches[self.iteration % BATCHES])
             self.iteration += 1
 
-    def measure(self, batches: list, steps: int) -> None:
+    def measure(self, steps: int) -> None:
         before = _allocated()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        self.steps(batches, steps)
+        self.steps(steps)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append((time.perf_counter() - start) / steps)

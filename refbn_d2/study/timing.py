@@ -35,17 +35,18 @@ def measure_timing(plan: Plan, gpus: list[str]) -> tuple[Costs, list[str]]:
 
     Costs that were measured earlier are read. A norm that failed has none.
     """
-    found = known_costs(plan)
-    timing, failed = plan.study.timing, []
+    timing = plan.study.timing
+    found, failed = {}, []
     for condition in timing.conditions if timing.rounds else ():
-        if condition not in found:
-            jobs, path, recipe = _cost_record(plan, condition)
+        jobs, path, recipe = _cost_record(plan, condition)
+        content = _known(path, recipe)
+        if not content:
             say(f"Timing {len(jobs)} norms under {condition!r}.")
-            found[condition], errors = _measure(plan, jobs, gpus)
-            content = {"recipe": recipe, "values": found[condition]}
-            if found[condition]:
-                write_text(path, json.dumps(content, indent=1))
-            failed += [f"{error} To measure this norm again, delete {path}" for error in errors]
+            values, errors = _measure(plan, jobs, gpus)
+            content = {"recipe": recipe, "values": values, "failed": errors}
+            write_text(path, json.dumps(content, indent=1))
+        found[condition] = content["values"]
+        failed += [f"{e} (to time it again, delete {path})" for e in content.get("failed", ())]
     return found, failed
 
 
@@ -54,10 +55,15 @@ def known_costs(plan: Plan) -> Costs:
     timing, found = plan.study.timing, {}
     for condition in timing.conditions if timing.rounds else ():
         _, path, recipe = _cost_record(plan, condition)
-        before = read_record(path, dict, "delete it") if path.exists() else {}
-        if before.get("recipe") == recipe:
-            found[condition] = before["values"]
+        if content := _known(path, recipe):
+            found[condition] = content["values"]
     return found
+
+
+def _known(path: Path, recipe: dict[str, str | int]) -> dict:
+    """Return the record of costs at `path`; {} if there is none of this recipe."""
+    content = read_record(path, dict, "delete it") if path.exists() else {}
+    return content if content.get("recipe") == recipe else {}
 
 
 def _cost_record(plan: Plan, condition: str) -> tuple[dict[str, Job], Path, dict[str, str | int]]:
@@ -123,7 +129,7 @@ def _one(plan: Plan, job: Job, gpus: list[str]) -> tuple[float, float]:
     if process.returncode:
         raise ChildProcessError(
             f"timing {job.norm} ended with exit code {process.returncode}: {output} says why. "
-            f"The command: {stage.shown()}."
+            f"The command: {stage.shown()}"
         )
     times = read_curves(folder / "metrics.json")["time"][1]
     allocated = _MAX_MEM.findall(output.read_text(errors="replace"))

@@ -50,6 +50,12 @@ def test_16_bits_are_scaled_not_clipped(tmp_path):
         np.testing.assert_array_equal(got, expected)
 
 
+def test_32_bits_that_fit_8_stay_as_they_are(tmp_path):
+    values = np.array([[0, 7, 200, 255]], dtype=np.int32)
+    got = read_image(saved(tmp_path / "a.tif", Image.fromarray(values)), "RGB")
+    np.testing.assert_array_equal(got, values[..., None].repeat(3, axis=2))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_undone(tmp_path, orientation):
     """The EXIF standard has a table of where the stored rows and columns belong."""

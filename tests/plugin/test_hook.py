@@ -298,3 +298,23 @@ def test_a_head_without_rois_takes_its_first_batch_that_is_not_empty(detectron2_
     assert "did not reach roi_heads.mask_head.mask_fcn1.norm" in caplog.text
     layer = trainer.model.roi_heads.mask_head.mask_fcn1.norm
     assert layer.ref_count > 0 and layer.ref_mean.any()
+
+
+def test_a_line_is_logged_once_where_root_has_handlers_too(monkeypatch):
+    from refbn_d2.plugin.hook import _log_as_detectron2
+
+    lines = {"detectron2": [], "root": []}
+    for name, seen in lines.items():
+        handler = logging.Handler()
+        handler.emit = lambda record, seen=seen: seen.append(record.getMessage())
+        monkeypatch.setattr(
+            logging.getLogger(name if name != "root" else None), "handlers", [handler]
+        )
+    ours = logging.getLogger("refbn_d2")
+    monkeypatch.setattr(ours, "handlers", [])
+    for logger in (ours, logging.getLogger("detectron2")):
+        monkeypatch.setattr(logger, "propagate", logger is ours)
+    monkeypatch.setattr(ours, "level", ours.level)
+    _log_as_detectron2()
+    logging.getLogger("refbn_d2.reference.batch").warning("once")
+    assert lines == {"detectron2": ["once"], "root": []}

@@ -195,7 +195,7 @@ def test_rows_are_dropped_from_any_container():
         without_last_rows("features", 1)
 
 
-def test_rows_take_the_batch_s_form_and_more_than_the_batch_are_told_once(caplog):
+def test_appended_rows_look_like_the_batch_and_a_longer_slice_is_told_once(caplog):
     _warn_of_memory.cache_clear()
     batch = torch.randn(2, 3, 4, 5).bfloat16().contiguous(memory_format=torch.channels_last)
     rows = torch.randn(3, 3, 4, 5)

@@ -230,12 +230,14 @@ def test_one_run_again_leaves_what_was_timed(call, content, tmp_path, monkeypatc
 
 def test_results_whose_runs_are_gone_are_not_replaced(call, tmp_path):
     (tmp_path / "out").mkdir()
-    file = results(tmp_path / "out", [DONE], code_hash())
+    file = results(tmp_path / "out", [DIVERGED, DONE], code_hash())
     before = file.read_text()
     with pytest.raises(
         ConfigError, match="results.csv has the results of run/BN/two iid/1, but .*lost"
     ):
         call(only="norm=GN,seed=1")
+    with pytest.raises(ConfigError, match="results of run/GN/two iid/1"):
+        call(only="norm=BN,seed=1")
     assert file.read_text() == before
 
 
@@ -246,17 +248,31 @@ def test_a_norm_that_fails_leaves_the_costs_of_the_others(call, tmp_path, monkey
     def one(plan, job, gpus):
         started.append(job.norm)
         if job.norm == "GN" and len(started) > 2:
-            raise ChildProcessError("timing GN ended with exit code 1.")
+            raise ChildProcessError("timing GN ended with exit code 1")
         return 0.5, 0.0
 
     monkeypatch.setattr("refbn_d2.study.timing._one", one)
-    with pytest.raises(ChildProcessError, match="timing GN .*measure this norm again, delete .*js"):
-        call(have=file, **timing)
-    assert started == ["BN", "GN"] * 2
+    for _ in range(2):  # the second time from the file that the message names
+        with pytest.raises(ChildProcessError, match="^timing GN .*time it again, delete .*json.$"):
+            call(have=file, **timing)
+        assert started == ["BN", "GN"] * 2
+        costs = [r for r in read_csv(tmp_path / "out/results.csv") if r.seed is None]
+        measured = [("BN", "seconds a step"), ("BN", "time ratio")]
+        assert [(r.norm, r.metric) for r in costs] == measured
+
+
+def test_without_its_baseline_the_costs_have_no_ratio(call, tmp_path, monkeypatch):
+    def one(plan, job, gpus):
+        if job.norm == "BN":
+            raise ChildProcessError("timing BN ended with exit code 1")
+        return 0.5, 0.0
+
+    monkeypatch.setattr("refbn_d2.study.timing._one", one)
+    file = results(tmp_path, [DONE], code_hash())
+    with pytest.raises(ChildProcessError, match="timing BN"):
+        call(have=file, timing={"rounds": 2})
     costs = [r for r in read_csv(tmp_path / "out/results.csv") if r.seed is None]
-    assert [(r.norm, r.metric) for r in costs] == [("BN", "seconds a step"), ("BN", "time ratio")]
-    call(have=file, **timing)
-    assert len(started) == 4
+    assert [(r.norm, r.metric) for r in costs] == [("GN", "seconds a step")]
 
 
 def test_failures_of_runs_and_of_the_timing_are_both_told(call, plan_of, tmp_path, monkeypatch):

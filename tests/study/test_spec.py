@@ -46,13 +46,16 @@ def test_what_is_read(content, written):
             for name in ("a,b", "..", "", " a", r"$\x$", "a\rb", "a/b")
         ),
         ({"seeds": [2**32]}, r"seeds: is \[4294967296\]; .* from 0 to 2\^32 - 1"),
-        ({"conditions": {"x": {"hold_out": ""}}}, r"conditions.x.hold_out: is empty; name a dom"),
-        ({"evaluate": {"corruptions": {"names": []}}}, r"corruptions.names: is empty; choose one"),
+        ({"conditions": {"x": {"hold_out": " "}}}, r"conditions.x.hold_out: is empty; name a dom"),
+        ({"conditions": {"x": {"norms": []}}}, r"x.norms: is empty; choose from BN, GN"),
+        ({"evaluate": {"metrics": []}}, r"metrics: is empty; choose from bbox/AP, "),
+        ({"timing": {"conditions": []}}, r"timing.conditions: is empty; choose from two iid"),
+        ({"evaluate": {"corruptions": {"names": []}}}, r"corruptions.names: is empty; choose fr"),
         ({"evaluate": {"corruptions": {"severities": []}}}, r"severities: is \[\]; .*1 to 5"),
         ({"evaluate": {"corruptions": {"severities": [1, 1]}}}, r"is \[1, 1\]; .* each once"),
         *(
             ({"evaluate": {"steps_to": {"total_loss": target}}}, r"total_loss: is .*write numbers")
-            for target in (True, float("nan"), [], [1, float("inf")])
+            for target in (True, float("nan"), [], [1, float("inf")], 10**400)
         ),
         ({"overrides": {"SEED": 3}}, r"SEED is set by the study itself"),
         ({"overrides": {"SOLVER": {"BASE_LR": 1}}}, r"write full keys"),

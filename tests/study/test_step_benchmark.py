@@ -2,7 +2,9 @@
 
 import pytest
 
+from refbn_d2.data.shapes.dataset import make_detection
 from refbn_d2.study.benchmark import main
+from refbn_d2.study.step_benchmark import _Run
 from tests.device import DEVICE
 
 CONFIGS = [f"configs/quickstart/mask_rcnn_R_18_FPN_{norm}.yaml" for norm in ("bn", "refbn")]
@@ -29,6 +31,13 @@ def test_the_table_has_each_config_and_the_first_is_its_measure(monkeypatch, cap
     assert all((row[3].strip() == "-") == (DEVICE == "cpu") for row in rows)
 
 
+def test_pictures_are_of_the_size_that_was_asked_for(tmp_path):
+    shapes = make_detection(tmp_path, size=(96, 64), num_train=8, num_val=1)
+    small = ["MODEL.DEVICE", DEVICE, "MODEL.REFBN.NUM_IMAGES", 1, "MODEL.REFBN.SLICE_SIZE", 1]
+    run = _Run(CONFIGS[0], small, shapes, (96, 64), 1, tmp_path / "run")
+    assert {tuple(d["image"].shape) for batch in run.batches for d in batch} == {(3, 96, 64)}
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -36,6 +45,7 @@ def test_the_table_has_each_config_and_the_first_is_its_measure(monkeypatch, cap
         (["--config-file", CONFIGS[0], "--images", "0"], "--images 0; allowed: 1 or more"),
         (["--config-file", CONFIGS[0], "--size", "9", "9"], "size is (9, 9)"),
         (["--config-file", CONFIGS[0], "--opts", "MODEL.NORMS", "BN"], "MODEL.NORMS"),
+        (["--config-file", CONFIGS[0], "--dtype", "bfloat16"], "are for the layers; with --conf"),
     ],
 )
 def test_bad_input_is_one_line(monkeypatch, capsys, arguments, message):
