@@ -44,7 +44,7 @@ def test_pictures_are_of_the_size_that_was_asked_for(tmp_path):
         (["--rounds", "0"], "--rounds 0; allowed: 1 or more"),
         (["--config-file", CONFIGS[0], "--images", "0"], "--images 0; allowed: 1 or more"),
         (["--config-file", CONFIGS[0], "--size", "9", "9"], "size is (9, 9)"),
-        (["--config-file", CONFIGS[0], "--opts", "MODEL.NORMS", "BN"], "MODEL.NORMS"),
+        (["--config-file", CONFIGS[0], "--size", "64", "96", "--opts", "A.B", "1"], "A.B"),
         (["--config-file", CONFIGS[0], "--dtype", "bfloat16"], "are for the layers; with --conf"),
     ],
 )
